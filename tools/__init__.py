@@ -1,0 +1,1 @@
+"""Development commands of the Makefile."""
