@@ -1,0 +1,278 @@
+"""Plumbing that the node and the master share: start, listen, report errors, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry, start_http_server
+
+from kvstore.config import ConfigT, parse_command_line
+from kvstore.errors import ConfigError, KVStoreError
+
+log = logging.getLogger(__name__)
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
+UNIX_PATH_BYTES_MAX = 107
+MESSAGE_BYTES_MAX = 64 << 20
+_STATUS_BY_CODE = {int(status.value[0]): status for status in grpc.StatusCode}
+
+
+def setup_logging(level: str) -> None:
+    """Logs to stderr, one line an event."""
+    if level not in LOG_LEVELS:
+        raise ConfigError(f"log_level {level!r}; take one of {', '.join(LOG_LEVELS)}")
+    logging.basicConfig(
+        level=level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+
+
+def load_config_or_exit(
+    cls: type[ConfigT],
+    *,
+    prog: str,
+    description: str,
+    env_prefix: str,
+    argv: Sequence[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> ConfigT:
+    """The daemon's configuration; a usage error is one line on stderr and exit code 2."""
+    try:
+        return parse_command_line(
+            cls,
+            prog=prog,
+            description=description,
+            env_prefix=env_prefix,
+            argv=argv,
+            environ=os.environ if environ is None else environ,
+        )
+    except ConfigError as error:
+        sys.stderr.write(f"{prog}: {error}\n")
+        raise SystemExit(2) from None
+
+
+def run_daemon(prog: str, main: Coroutine[Any, Any, None]) -> None:
+    """Runs the daemon until it ends; a ConfigError exits with 2, another KVStoreError with 1."""
+    # A failed bind is reported by this program, in one line; the library would add its own.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    try:
+        asyncio.run(main)
+    except KVStoreError as error:
+        sys.stderr.write(f"{prog}: {error}\n")
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+def stop_event() -> asyncio.Event:
+    """An event of the running loop that SIGTERM and SIGINT set."""
+    event = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, event.set)
+    return event
+
+
+def announce(line: str) -> None:
+    """Prints one line to stdout for whoever started the daemon and waits for it."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def split_host_port(address: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT``; ConfigError otherwise."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"address {address!r}; write it like 127.0.0.1:9400")
+    return host, int(port)
+
+
+def check_loopback(address: str, *, insecure: bool) -> None:
+    """Refuses an address that others on the network reach, unless told ``--insecure``."""
+    if address.startswith("unix:"):
+        return
+    host, _ = split_host_port(address)
+    if host not in LOOPBACK_HOSTS and not insecure:
+        raise ConfigError(
+            f"listening on {address} without TLS lets anyone on the network in; "
+            "take a loopback address or a Unix socket, or pass --insecure"
+        )
+
+
+def _check_unix_socket(path: Path) -> None:
+    """Clears a dead socket file away; ConfigError if a living server listens there."""
+    if len(os.fsencode(path)) > UNIX_PATH_BYTES_MAX:
+        raise ConfigError(f"socket path {path} is longer than {UNIX_PATH_BYTES_MAX} bytes")
+    if not path.parent.is_dir():
+        raise ConfigError(f"socket path {path}: its directory does not exist")
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise ConfigError(f"socket path {path} is a file of another kind; remove it")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except OSError as error:
+            raise ConfigError(f"socket path {path}: {error.strerror or error}") from None
+    raise ConfigError(f"address unix:{path} is in use by another process")
+
+
+def bind(server: grpc.aio.Server, address: str) -> str:
+    """Binds ``server`` and returns the address with the port that was taken."""
+    if address.startswith("unix:"):
+        _check_unix_socket(Path(address.removeprefix("unix:")))
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError:
+        port = 0
+    if not port:
+        raise ConfigError(f"cannot listen on {address}: it is in use or not of this machine")
+    if address.startswith("unix:"):
+        os.chmod(address.removeprefix("unix:"), 0o600)
+        return address
+    return f"{split_host_port(address)[0]}:{port}"
+
+
+async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: KVStoreError) -> NoReturn:
+    """Ends a call with the status of ``error``."""
+    await context.abort(_STATUS_BY_CODE[error.code], str(error))
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """The one place that turns a KVStoreError of a handler into a gRPC status.
+
+    Handlers are coroutines or, where they stream, async generators; anything that is not a
+    KVStoreError is a bug: logged here with its traceback, INTERNAL to the caller.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        for kind in ("unary_unary", "stream_unary", "unary_stream", "stream_stream"):
+            if (inner := getattr(handler, kind)) is not None:
+                return handler._replace(**{kind: _guarded(inner)})  # type: ignore[no-any-return]
+        return handler  # type: ignore[no-any-return]
+
+
+def _guarded(inner: Callable[..., Any]) -> Callable[..., Any]:
+    async def call(request: Any, context: Any) -> Any:
+        try:
+            return await inner(request, context)
+        except KVStoreError as error:
+            await abort_with(context, error)
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception:
+            log.exception("handler failed")
+            await context.abort(grpc.StatusCode.INTERNAL, "a bug; the daemon's log has it")
+
+    async def stream(request: Any, context: Any) -> Any:
+        try:
+            async for response in inner(request, context):
+                yield response
+        except KVStoreError as error:
+            await abort_with(context, error)
+        except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception:
+            log.exception("handler failed")
+            await context.abort(grpc.StatusCode.INTERNAL, "a bug; the daemon's log has it")
+
+    return stream if inspect.isasyncgenfunction(inner) else call
+
+
+@dataclass(frozen=True)
+class GrpcServer:
+    """A serving gRPC server with health and reflection."""
+
+    server: grpc.aio.Server
+    address: str
+    health: health.aio.HealthServicer
+
+    async def stop(self, grace_s: float = 1.0) -> None:
+        """Tells health checkers first, then ends open calls after ``grace_s``."""
+        with contextlib.suppress(grpc.RpcError):
+            await self.health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)
+
+
+async def start_grpc_server(
+    address: str,
+    register: Callable[[grpc.aio.Server], None],
+    service_names: Sequence[str],
+    *,
+    insecure: bool = False,
+    streams_max: int = 4096,
+) -> GrpcServer:
+    """Serves what ``register`` adds on ``address`` (``unix:PATH`` or ``HOST:PORT``).
+
+    Raises ConfigError where the address is in use or is open to the network without ``insecure``.
+    """
+    check_loopback(address, insecure=insecure)
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor()],
+        options=[
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+            ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+            ("grpc.max_concurrent_streams", streams_max),
+        ],
+    )
+    register(server)
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    names = [*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+    reflection.enable_server_reflection(names, server)
+    bound = bind(server, address)
+    await server.start()
+    for name in ("", *service_names):
+        await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return GrpcServer(server, bound, servicer)
+
+
+class MetricsServer:
+    """Prometheus endpoint of one daemon, on a thread of its own."""
+
+    def __init__(self, registry: CollectorRegistry, address: str, *, insecure: bool) -> None:
+        """Serves ``registry`` on ``HOST:PORT``; port 0 takes a free one."""
+        check_loopback(address, insecure=insecure)
+        host, port = split_host_port(address)
+        try:
+            self._server, self._thread = start_http_server(
+                port, addr=host.strip("[]"), registry=registry
+            )
+        except OSError as error:
+            raise ConfigError(f"metrics on {address}: {error.strerror or error}") from None
+        self.address = f"{host}:{self._server.server_port}"
+
+    def stop(self) -> None:
+        """Closes the port and ends the thread."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
