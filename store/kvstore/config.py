@@ -131,7 +131,8 @@ def build_config(
 
 
 def _default_text(spec: Field[Any]) -> str:
-    return format_size(spec.default) if spec.metadata.get("size") else str(spec.default)
+    default: Any = spec.default
+    return format_size(default) if spec.metadata.get("size") else str(default)
 
 
 def parse_command_line(

@@ -70,8 +70,6 @@ def load_config_or_exit(
 
 def run_daemon(prog: str, main: Coroutine[Any, Any, None]) -> None:
     """Runs the daemon until it ends; a ConfigError exits with 2, another KVStoreError with 1."""
-    # A failed bind is reported by this program, in one line; the library would add its own.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         asyncio.run(main)
     except KVStoreError as error:
@@ -136,10 +134,24 @@ def _check_unix_socket(path: Path) -> None:
     raise ConfigError(f"address unix:{path} is in use by another process")
 
 
+def _check_port(address: str) -> None:
+    """ConfigError if the port cannot be taken; gRPC would log lines of its own to stderr."""
+    host, port = split_host_port(address)
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(found[0], found[1]) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(found[4])
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {address}: {error.strerror or error}") from None
+
+
 def bind(server: grpc.aio.Server, address: str) -> str:
     """Binds ``server`` and returns the address with the port that was taken."""
     if address.startswith("unix:"):
         _check_unix_socket(Path(address.removeprefix("unix:")))
+    else:
+        _check_port(address)
     try:
         port = server.add_insecure_port(address)
     except RuntimeError:
