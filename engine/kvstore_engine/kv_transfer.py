@@ -62,7 +62,10 @@ class KVConnector(Protocol):
         ...
 
     def on_request(self, request_id: str, keys: list[bytes]) -> None:
-        """A request arrived: ``keys`` of its full prompt blocks. Starts its look-up."""
+        """A request arrived: ``keys`` of its full blocks. Starts its look-up.
+
+        Comes again after a preemption, with the keys of generated blocks besides: look up anew.
+        """
         ...
 
     def match(self, request_id: str, first: int) -> BlockSource | None:
@@ -70,7 +73,11 @@ class KVConnector(Protocol):
         ...
 
     def start_load(self, request_id: str, first: int, pages: list[int]) -> None:
-        """Loads blocks ``first …`` into ``pages``; exactly one LoadResult follows, always."""
+        """Loads blocks ``first …`` into ``pages``; exactly one LoadResult follows, always.
+
+        Until then the pages are the connector's, also when the request ends or the engine no longer
+        waits. A request has at most one load at a time.
+        """
         ...
 
     def save(self, request_id: str, parent: bytes | None, blocks: list[SaveBlock]) -> None:
@@ -78,7 +85,9 @@ class KVConnector(Protocol):
         ...
 
     def request_finished(self, request_id: str) -> None:
-        """The request ended or was aborted: forget it. A running load still ends by its result."""
+        """The request ended or was aborted: forget it. A running load still ends by its result,
+        and running saves by their pages.
+        """
         ...
 
     def pages_changed(self, stored: list[bytes], removed: list[bytes]) -> None:
