@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
-
 from kvstore.config import parse_size
 from kvstore.errors import ConfigError
 
