@@ -1,0 +1,44 @@
+"""From a name or path to a decoder with its weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kvstore_engine.loader.tiny import load_tiny
+from kvstore_engine.model_source import ModelLoadError, ModelSource, SourceKind, find_model
+from kvstore_engine.models.base import Decoder
+from kvstore_engine.models.config import ModelConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A decoder ready to run; ``fingerprint`` is a hex digest over its weights.
+
+    ``tokenizer_source`` is what ``load_tokenizer`` takes for the model's own tokenizer.
+    """
+
+    model: Decoder
+    config: ModelConfig
+    fingerprint: str
+    tokenizer_source: str
+
+
+def load_model(path_or_name: str | Path, dtype: str = "float32") -> LoadedModel:
+    """Loads a built-in name, a ``*.gguf`` file or a Hugging Face directory.
+
+    Raises ModelLoadError with what is wrong and what to give instead.
+    """
+    if dtype not in DTYPES:
+        raise ModelLoadError(f"dtype {dtype!r} is not supported; take one of {sorted(DTYPES)}")
+    source = find_model(path_or_name)
+    model, fingerprint = _load(source, DTYPES[dtype])
+    return LoadedModel(model.eval(), model.config, fingerprint, str(path_or_name))
+
+
+def _load(source: ModelSource, dtype: torch.dtype) -> tuple[Decoder, str]:
+    if source.kind is SourceKind.TINY:
+        return load_tiny(source.name, dtype)
+    raise ModelLoadError(f"{source.kind.value} models are not supported yet")
