@@ -1,0 +1,128 @@
+"""What an eviction policy is, and the window from which exact, leaf-only choices are made."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.core.forest import closed_under_children, local_parents, raise_above_children
+from kvstore.core.table import Mask, Rows, Table
+from kvstore.core.types import Tier
+
+Eligible = Callable[[Rows], Mask]
+
+_WINDOW_MIN = 1024
+_NONE: Rows = np.empty(0, dtype=np.int64)
+
+
+class EvictionPolicy(ABC):
+    """Decides which readable blocks of one tier go first. Rows of a call are in chain order.
+
+    A policy never chooses a block before a child of it that is in the same tier, nor one that
+    the caller's ``eligible`` refuses. It hears of blocks that come and are used; those that went
+    it finds out by itself.
+    """
+
+    def __init__(self, table: Table, tier: Tier) -> None:
+        self.table = table
+        self.tier = tier
+        self._rank = np.zeros(table.capacity, dtype=np.int64)
+
+    @property
+    def rank(self) -> npt.NDArray[np.int64]:
+        """A number a row: smaller goes first. Grows with the table."""
+        if len(self._rank) < self.table.capacity:
+            rank = np.zeros(self.table.capacity, dtype=np.int64)
+            rank[: len(self._rank)] = self._rank
+            self._rank = rank
+        return self._rank
+
+    @abstractmethod
+    def inserted(self, rows: Rows, returning: Mask | None = None) -> None:
+        """Blocks became readable in the tier. ``returning``: those evicted not long ago."""
+
+    @abstractmethod
+    def touched(self, rows: Rows) -> None:
+        """Blocks were used."""
+
+    @abstractmethod
+    def select(self, count: int, eligible: Eligible) -> Rows:
+        """Up to ``count`` blocks to remove, in an order in which children come first."""
+
+
+class RankWindow:
+    """The blocks of a tier with the smallest ranks, sorted, and consumed from the front.
+
+    Blocks that come or are used get ranks above all that are in the window, so it stays exact
+    until it is used up: then it is taken anew from all blocks. Blocks that may not go yet are
+    remembered and asked for again the next time.
+    """
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self._policy = policy
+        self._rows = _NONE
+        self._position = 0
+        self._skipped = _NONE
+        self._top = -1  # ranks up to this one are in the window
+
+    def reset(self) -> None:
+        """For policies that lower a rank: the next choice looks at all blocks."""
+        self._rows, self._skipped, self._position, self._top = _NONE, _NONE, 0, -1
+
+    def select(
+        self, count: int, eligible: Eligible, members: Callable[[], Rows] | None = None
+    ) -> Rows:
+        """The first ``count`` blocks in order of rank, children before parents."""
+        chosen, complete = self._from_window(count, eligible), False
+        while len(chosen) < count and not complete:
+            complete = self._refill(count, members)
+            chosen = self._from_window(count, eligible)
+        return chosen
+
+    def _from_window(self, count: int, eligible: Eligible) -> Rows:
+        step = max(64, 2 * count)
+        while True:
+            ahead = self._rows[self._position : self._position + step]
+            self._position += len(ahead)
+            chunk = self._still_valid(np.concatenate((self._skipped, ahead)))
+            self._skipped = chunk
+            chosen = self._leaves_first(chunk, count, eligible)
+            if len(chosen) >= count or self._position >= len(self._rows):
+                return chosen
+            step *= 2
+
+    def _still_valid(self, rows: Rows) -> Rows:
+        policy = self._policy
+        here = policy.table.live_in(policy.tier)[rows] & (policy.rank[rows] <= self._top)
+        return rows[here]
+
+    def _leaves_first(self, rows: Rows, count: int, eligible: Eligible) -> Rows:
+        policy, table = self._policy, self._policy.table
+        may_go = closed_under_children(
+            rows, table.parent, table.children_in(policy.tier), table.scratch, eligible(rows)
+        )
+        rows = rows[may_go]
+        up = local_parents(rows, table.parent, table.scratch)
+        rank = raise_above_children(policy.rank[rows], up)
+        return rows[np.argsort(rank, kind="stable")[:count]]
+
+    def _refill(self, count: int, members: Callable[[], Rows] | None) -> bool:
+        """A larger window than before; True if it now has every block of the tier."""
+        policy = self._policy
+        if members is None:
+            rows = np.flatnonzero(policy.table.live_in(policy.tier))
+        else:
+            rows = members()
+        size = max(_WINDOW_MIN, 4 * count, len(rows) // 8, 4 * len(self._rows))
+        rank = policy.rank[rows]
+        if size < len(rows):
+            part = np.argpartition(rank, size - 1)[:size]
+            rows, rank = rows[part], rank[part]
+            complete = False
+        else:
+            complete = True
+        order = np.argsort(rank, kind="stable")
+        self._rows, self._skipped, self._position = rows[order], _NONE, 0
+        self._top = int(rank[order[-1]]) if len(order) else -1
+        return complete

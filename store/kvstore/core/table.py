@@ -1,0 +1,217 @@
+"""The blocks of a node: one row each, numpy columns, one dict from key to row.
+
+A row lives while its block has a copy in a tier, a slot in use, or a child that names it as its
+parent. A row without any copy is a *placeholder*: it keeps a chain's order for blocks that were
+stored before their parent.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+from itertools import repeat
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.core.forest import closed_under_children
+from kvstore.core.keys import KEY_BYTES
+from kvstore.core.types import Tier
+from kvstore.errors import ResourceExhaustedError
+
+Rows = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+NO_ROW = -1
+_FIRST_ROWS = 1024
+_COLUMNS: dict[str, tuple[type[np.generic], int]] = {
+    "namespace": (np.int32, -1),
+    "parent": (np.int32, NO_ROW),
+    "children": (np.int32, 0),  # rows that name this one as their parent
+    "dram_children": (np.int32, 0),  # of these, with a DRAM slot in any state
+    "ssd_children": (np.int32, 0),  # of these, with an SSD slot that is written or being written
+    "dram_state": (np.uint8, 0),
+    "ssd_state": (np.uint8, 0),
+    "dram_offset": (np.int64, -1),
+    "ssd_offset": (np.int64, -1),
+    "pins": (np.int32, 0),
+    "attempts": (np.uint8, 0),  # failed SSD writes
+    "checksum": (np.uint64, 0),  # of the only shard; blocks with several keep them elsewhere
+}
+
+
+class DramState(IntEnum):
+    """What a row's DRAM slot is used for."""
+
+    NONE = 0
+    FILLING = 1  # reserved by a client
+    LOADING = 2  # being read from SSD
+    LIVE = 3
+    DEAD = 4  # purged, or its fill failed, while someone may still touch it
+
+
+class SsdState(IntEnum):
+    """What a row's SSD slot is used for."""
+
+    NONE = 0
+    WRITING = 1
+    DROPPING = 2  # its removal from the index is not durable yet
+    LIVE = 3
+
+
+class Table:
+    """Rows, their columns, and the links of the chains."""
+
+    namespace: npt.NDArray[np.int32]
+    parent: npt.NDArray[np.int32]
+    children: npt.NDArray[np.int32]
+    dram_children: npt.NDArray[np.int32]
+    ssd_children: npt.NDArray[np.int32]
+    dram_state: npt.NDArray[np.uint8]
+    ssd_state: npt.NDArray[np.uint8]
+    dram_offset: npt.NDArray[np.int64]
+    ssd_offset: npt.NDArray[np.int64]
+    pins: npt.NDArray[np.int32]
+    attempts: npt.NDArray[np.uint8]
+    checksum: npt.NDArray[np.uint64]
+
+    def __init__(self, rows_max: int) -> None:
+        self.rows_max = rows_max
+        self.index: dict[bytes, int] = {}
+        self.keys = np.zeros((0, KEY_BYTES), dtype=np.uint8)
+        self.scratch = np.zeros(0, dtype=np.int32)  # all -1 between calls
+        self.capacity = 0
+        for name, (dtype, _) in _COLUMNS.items():
+            setattr(self, name, np.zeros(0, dtype=dtype))
+        self._free = np.zeros(0, dtype=np.int64)
+        self._free_count = 0
+        self._grow(min(_FIRST_ROWS, rows_max))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def lookup(self, keys: Sequence[bytes]) -> Rows:
+        """Rows of keys, -1 where there is none."""
+        found = map(self.index.get, keys, repeat(NO_ROW))
+        return np.fromiter(found, dtype=np.int64, count=len(keys))
+
+    def room(self) -> int:
+        """Rows that can still be added."""
+        return self.rows_max - len(self.index)
+
+    def add(self, keys: Sequence[bytes], namespace: int) -> Rows:
+        """New rows for distinct, unknown keys, without copies and links."""
+        count = len(keys)
+        if count > self.room():
+            raise ResourceExhaustedError(f"the table is full: {self.rows_max} blocks")
+        while self._free_count < count:
+            self._grow(min(2 * self.capacity, self.rows_max))
+        self._free_count -= count
+        rows = self._free[self._free_count : self._free_count + count][::-1].copy()
+        self.index.update(zip(keys, rows.tolist(), strict=True))
+        self.keys[rows] = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
+        self.namespace[rows] = namespace
+        return rows
+
+    def link(self, rows: Rows, parents: Rows) -> None:
+        """Puts fresh rows (no parent, no slots) behind their parents; -1: the root."""
+        self.parent[rows] = parents
+        np.add.at(self.children, parents[parents >= 0], 1)
+
+    def is_behind(self, row: int, ancestor: int) -> bool:
+        """Whether ``ancestor`` is ``row`` or before it in its chain."""
+        while row != NO_ROW and row != ancestor:
+            row = int(self.parent[row])
+        return row == ancestor
+
+    def count_children(self, column: npt.NDArray[np.int32], rows: Rows, change: int) -> None:
+        """Adds ``change`` to a children column of the parents of ``rows``."""
+        parents = self.parent[rows]
+        np.add.at(column, parents[parents >= 0], change)
+
+    def discard_empty(self, rows: Rows) -> None:
+        """Removes those of ``rows`` that nothing needs any more, and then their parents."""
+        while len(rows):
+            needed = self.dram_state[rows] != DramState.NONE
+            needed |= self.ssd_state[rows] != SsdState.NONE
+            needed |= self.pins[rows] != 0
+            rows = rows[~needed]
+            rows = rows[closed_under_children(rows, self.parent, self.children, self.scratch)]
+            parents = self.parent[rows]
+            parents = parents[parents >= 0]
+            np.subtract.at(self.children, parents, 1)
+            self._remove(rows)
+            parents = np.unique(parents).astype(np.int64)
+            rows = parents[self.namespace[parents] >= 0]
+
+    def key(self, row: int) -> bytes:
+        """The key of one row."""
+        return self.keys[row].tobytes()
+
+    def joined(self, rows: Rows) -> bytes:
+        """Keys of rows as one wire field."""
+        return self.keys[rows].tobytes()
+
+    def key_list(self, rows: Rows) -> list[bytes]:
+        """Keys of rows as objects."""
+        joined = self.joined(rows)
+        return [joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES)]
+
+    def all_rows(self) -> Rows:
+        """Every row in use."""
+        return np.flatnonzero(self.namespace >= 0)
+
+    def live_in(self, tier: Tier) -> npt.NDArray[np.bool_]:
+        """For each row, whether its block is readable in the tier."""
+        if tier == Tier.DRAM:
+            return self.dram_state == DramState.LIVE
+        return self.ssd_state == SsdState.LIVE
+
+    def children_in(self, tier: Tier) -> npt.NDArray[np.int32]:
+        """For each row, how many of its children have a slot in the tier."""
+        return self.dram_children if tier == Tier.DRAM else self.ssd_children
+
+    def check(self) -> None:
+        """AssertionError if index, links or counts of children contradict the rows."""
+        rows = self.all_rows()
+        assert len(rows) == len(self.index), f"{len(rows)} rows, {len(self.index)} keys"
+        assert np.array_equal(self.lookup(self.key_list(rows)), rows), "keys lead to other rows"
+        assert (self.scratch == -1).all(), "the scratch column is in use"
+        parents = self.parent[rows]
+        linked = rows[parents >= 0]
+        up = self.parent[linked]
+        assert (self.namespace[up] >= 0).all(), "a parent was removed before its child"
+        in_dram = self.dram_state[linked] != DramState.NONE
+        in_ssd = np.isin(self.ssd_state[linked], (SsdState.WRITING, SsdState.LIVE))
+        for column, children in (
+            (self.children, up),
+            (self.dram_children, up[in_dram]),
+            (self.ssd_children, up[in_ssd]),
+        ):
+            counted = np.bincount(children, minlength=self.capacity)
+            assert np.array_equal(counted, column), "a count of children is off"
+        used = (self.dram_state[rows] != DramState.NONE) | (self.ssd_state[rows] != SsdState.NONE)
+        idle = ~used & (self.children[rows] == 0) & (self.pins[rows] == 0)
+        assert not idle.any(), f"{int(idle.sum())} rows that nothing needs"
+
+    def _remove(self, rows: Rows) -> None:
+        for key in self.key_list(rows):
+            del self.index[key]
+        for name, (_, empty) in _COLUMNS.items():
+            getattr(self, name)[rows] = empty
+        self._free[self._free_count : self._free_count + len(rows)] = rows[::-1]
+        self._free_count += len(rows)
+
+    def _grow(self, capacity: int) -> None:
+        old, self.capacity = self.capacity, capacity
+        for name, (dtype, empty) in _COLUMNS.items():
+            column = np.full(capacity, empty, dtype=dtype)
+            column[:old] = getattr(self, name)
+            setattr(self, name, column)
+        keys = np.zeros((capacity, KEY_BYTES), dtype=np.uint8)
+        keys[:old] = self.keys
+        self.keys = keys
+        self.scratch = np.full(capacity, -1, dtype=np.int32)
+        free = np.empty(capacity, dtype=np.int64)
+        free[: capacity - old] = np.arange(capacity - 1, old - 1, -1)
+        free[capacity - old : capacity - old + self._free_count] = self._free[: self._free_count]
+        self._free = free
+        self._free_count += capacity - old
