@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server; the engine loop runs in a process of its own."""

@@ -1,0 +1,228 @@
+"""Requests of the HTTP API: what is accepted, what is refused, and with which words."""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from fastapi import Request
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from kvstore_engine.server.errors import ApiError, bad_request
+
+BODY_BYTES_MAX = 32 << 20
+CHOICES_MAX = 32
+PROMPTS_MAX = 128
+STOPS_MAX = 16
+STOP_CHARS_MAX = 1024
+LOGPROBS_MAX = 20
+
+# Refused unless neutral: ignoring them would answer another question than the one asked.
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "min_p": (0,),
+    "modalities": (["text"],),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "prompt_logprobs": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "use_beam_search": (False,),
+    "web_search_options": (),
+}
+# Accepted without effect: they change nothing that the answer says.
+_IGNORED = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+
+
+def _prompts(value: object) -> list[str | list[int]]:
+    """One prompt or several, as text or token ids, as a list of prompts."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(type(token) is int for token in value):
+            return [value]
+        if len(value) > PROMPTS_MAX:
+            raise ValueError(f"at most {PROMPTS_MAX} prompts a request, these are {len(value)}")
+        if all(isinstance(one, str) or _is_tokens(one) for one in value):
+            return value
+    raise ValueError("give text, a list of token ids, or a list of either")
+
+
+def _is_tokens(value: object) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
+
+
+def _stops(value: object) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
+        raise ValueError("give a string or a list of strings, none of them empty")
+    if len(stops) > STOPS_MAX or any(len(s) > STOP_CHARS_MAX for s in stops):
+        raise ValueError(f"at most {STOPS_MAX} stop strings of {STOP_CHARS_MAX} characters")
+    return stops
+
+
+def _top_k(value: object) -> object:
+    """Other engines also write -1 for off."""
+    return 0 if value == -1 else value
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class StreamOptions(_Body):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+    continuous_usage_stats: Literal[False] = False
+
+
+class SamplingBody(_Body):
+    """Fields that completions and chat completions have in common."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] = 1
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, BeforeValidator(_top_k), Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    stop_token_ids: Annotated[list[int], Field(max_length=256)] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    return_token_ids: bool = False
+
+
+class CompletionBody(SamplingBody):
+    """POST /v1/completions."""
+
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
+    add_special_tokens: bool = True
+
+
+class TextPart(_Body):
+    """A part of a message; text is the only kind that the models here read."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ChatBody(SamplingBody):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
+    add_generation_prompt: bool = True
+
+
+class TokenizeBody(_Body):
+    """POST /tokenize, of a text or of a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+
+
+BodyT = TypeVar("BodyT", bound=BaseModel)
+
+
+async def read_body(request: Request, kind: type[BodyT]) -> BodyT:
+    """The request's JSON body as ``kind``; ApiError with 400 or 413 for anything else."""
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > BODY_BYTES_MAX:
+            raise ApiError(413, f"the request is larger than {BODY_BYTES_MAX >> 20} MiB")
+    return parse_body(bytes(data), kind)
+
+
+def parse_body(data: bytes, kind: type[BodyT]) -> BodyT:
+    """``data`` as ``kind``; ApiError says what is wrong with it."""
+    try:
+        values = msgspec.json.decode(data)
+    except (ValueError, RecursionError) as error:
+        what = str(error) if data else "the body is empty"
+        raise bad_request(f"the body is not JSON: {what}") from None
+    if not isinstance(values, dict):
+        raise bad_request("the body is JSON, but not an object")
+    try:
+        return kind.model_validate(_supported(values))
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def _supported(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields that count. JSON null means the default, as OpenAI's clients have it."""
+    kept = {}
+    for name, value in values.items():
+        if value is None or name in _IGNORED:
+            continue
+        if name not in _UNSUPPORTED:
+            kept[name] = value
+        elif value not in _UNSUPPORTED[name]:
+            raise bad_request(f"{name} is not supported; leave it out", param=name)
+    return kept
+
+
+def _explain(error: ValidationError) -> ApiError:
+    """The first mistake in words: where it is, what is wrong, which value was given."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return bad_request(f"unknown field {where!r}", param=where)
+    if first["type"] == "missing":
+        return bad_request(f"{where} is missing", param=where)
+    given = repr(first["input"])
+    given = given if len(given) <= 80 else given[:77] + "..."
+    message = first["msg"].removeprefix("Value error, ")
+    return bad_request(f"{where}: {message} (given: {given})", param=where)

@@ -1,0 +1,110 @@
+"""What every endpoint needs: the engine, the tokenizer, the limits, and the checks before a run."""
+
+import asyncio
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from kvstore_engine.messages import EngineReady, SamplingParams
+from kvstore_engine.server.engine_client import EngineClient
+from kvstore_engine.server.errors import ApiError, bad_request
+from kvstore_engine.server.metrics import Metrics
+from kvstore_engine.server.protocol import SamplingBody
+from kvstore_engine.tokenizer import Tokenizer
+
+INLINE_CHARS_MAX = 4096  # longer text is tokenised in a thread, beside the event loop
+
+
+@dataclass(slots=True)
+class Service:
+    """The served model. ``tokenizer`` is there before the engine is ready."""
+
+    engine: EngineClient
+    tokenizer: Tokenizer
+    metrics: Metrics
+    names: tuple[str, ...] = ()  # other names that requests may give the model
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def ready(self, model: str | None = None) -> EngineReady:
+        """The engine's facts; ApiError with 503 while it is not there, 404 for another model."""
+        ready = self.engine.ready
+        if ready is None or self.engine.state != "ready":
+            raise ApiError(503, self.engine.death or "the model is still being loaded")
+        if model is not None and model != ready.model and model not in self.names:
+            raise ApiError(
+                404,
+                f"model {model!r} is not served here; the model is {ready.model!r}",
+                code="model_not_found",
+                param="model",
+            )
+        return ready
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Tokens of ``text``."""
+        if len(text) <= INLINE_CHARS_MAX:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(
+            self.tokenizer.encode, text, add_special_tokens=add_special_tokens
+        )
+
+    def check_tokens(self, tokens: Iterable[int]) -> None:
+        """ApiError for ids that the model has no embedding of."""
+        size = self.tokenizer.vocab_size
+        wrong = next((token for token in tokens if not 0 <= token < size), None)
+        if wrong is not None:
+            raise bad_request(
+                f"token id {wrong} is not in the vocabulary of {size} tokens", param="prompt"
+            )
+
+    def sampling(
+        self,
+        body: SamplingBody,
+        prompt_tokens: int,
+        *,
+        max_tokens: int | None,
+        default: int | None = None,
+        logprobs: int | None = None,
+    ) -> SamplingParams:
+        """Parameters for the engine; without ``max_tokens``, ``default`` or the room that is left.
+
+        Raises ApiError, with the numbers, where prompt and answer do not fit the context.
+        """
+        if not prompt_tokens:
+            raise bad_request("the prompt is empty; give at least one token", param="prompt")
+        room = self._context() - prompt_tokens
+        if room < 1 or (max_tokens or 0) > room:
+            raise self._too_long(prompt_tokens, max_tokens)
+        wanted = max_tokens or min(room, default or room)
+        if body.min_tokens > wanted:
+            raise bad_request(
+                f"min_tokens is {body.min_tokens}, more than the {wanted} of max_tokens",
+                param="min_tokens",
+            )
+        return SamplingParams(
+            temperature=body.temperature,
+            top_k=body.top_k,
+            top_p=body.top_p,
+            seed=body.seed,
+            max_tokens=wanted,
+            min_tokens=body.min_tokens,
+            ignore_eos=body.ignore_eos,
+            stop_token_ids=tuple(body.stop_token_ids),
+            logprobs=logprobs,
+        )
+
+    def _context(self) -> int:
+        ready = self.ready()
+        return min(ready.max_context, ready.num_pages * ready.page_tokens)
+
+    def _too_long(self, prompt_tokens: int, max_tokens: int | None) -> ApiError:
+        limit = self._context()
+        what = f"the prompt has {prompt_tokens} tokens"
+        if prompt_tokens < limit:
+            what += f" and max_tokens asks for {max_tokens} more"
+        else:
+            what += ", which leaves no room for an answer"
+        return bad_request(
+            f"the context of this model is {limit} tokens; {what}",
+            param="prompt" if prompt_tokens >= limit else "max_tokens",
+            code="context_length_exceeded",
+        )
