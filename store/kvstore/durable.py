@@ -1,0 +1,40 @@
+"""The one way to write a small file so that it survives power loss."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from kvstore.faultpoint import faultpoint
+
+
+def write_durably(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Replaces ``path`` with ``data``: a reader finds the old bytes or the new, never a mixture.
+
+    Order: temporary file, fsync, rename, fsync of the directory; on return the new bytes are safe.
+    Raises OSError, and then the old file stands.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            faultpoint("durable.file")
+            os.fsync(file.fileno())
+        faultpoint("durable.rename")
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    faultpoint("durable.directory")
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

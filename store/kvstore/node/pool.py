@@ -1,0 +1,90 @@
+"""The DRAM tier's files in shared memory: the pool of slots and the directory beside it."""
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from kvstore.errors import ConfigError
+
+MADV_POPULATE_WRITE = 23
+POPULATE_STEP_BYTES = 64 << 20
+POPULATE_THREADS = 4
+FILE_NAMES = ("pool-*", "directory-*")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def remove_stale_files(folder: Path) -> int:
+    """Removes pool files of instances that ended without doing so; the lock must be held."""
+    stale = [path for pattern in FILE_NAMES for path in folder.glob(pattern)]
+    for path in stale:
+        path.unlink()
+    return len(stale)
+
+
+class SharedFile:
+    """A new file of a fixed size, all of its space allocated, mapped for reading and writing."""
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        """Creates ``path`` (mode 0600); ConfigError where the file system has no room for it."""
+        self.path = path
+        self.size_bytes = size_bytes
+        _check_room(path.parent, size_bytes)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.ftruncate(descriptor, size_bytes)
+            self.map = mmap.mmap(descriptor, size_bytes)
+            with contextlib.suppress(OSError):
+                self.map.madvise(mmap.MADV_HUGEPAGE)
+            # Room must be taken now: a page that cannot be had later is a SIGBUS in a client.
+            if not _populate(self.map, size_bytes):
+                os.posix_fallocate(descriptor, 0, size_bytes)
+        except OSError as error:
+            path.unlink()
+            raise ConfigError(
+                f"{path.parent} has no room for {size_bytes} bytes: {error.strerror}"
+            ) from None
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Removes the name at once; the memory goes when the last mapping does."""
+        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(BufferError):
+            self.map.close()
+
+
+def _check_room(folder: Path, size_bytes: int) -> None:
+    room = os.statvfs(folder)
+    if (free := room.f_bavail * room.f_frsize) < size_bytes:
+        raise ConfigError(
+            f"{folder} has room for {free} bytes, {size_bytes} are needed; "
+            "set a smaller --dram or another --pool-dir"
+        )
+
+
+def _populate(memory: mmap.mmap, size_bytes: int) -> bool:
+    """Takes every page now, with several threads; False where the kernel cannot."""
+    anchor = ctypes.c_char.from_buffer(memory)
+    start = ctypes.addressof(anchor)
+
+    def step(offset: int) -> int:
+        length = min(POPULATE_STEP_BYTES, size_bytes - offset)
+        while _libc.madvise(start + offset, length, MADV_POPULATE_WRITE):
+            if (code := ctypes.get_errno()) != errno.EINTR:
+                return code
+        return 0
+
+    with ThreadPoolExecutor(POPULATE_THREADS) as threads:
+        codes = set(threads.map(step, range(0, size_bytes, POPULATE_STEP_BYTES)))
+    del anchor
+    if codes <= {0}:
+        return True
+    if codes <= {0, errno.EINVAL, errno.ENOSYS}:
+        return False
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,0 +1,267 @@
+"""The SSD tier's I/O: blocks between pool and data file on threads, in the order that is safe.
+
+A write is data, fdatasync, index commit, then its report; many are grouped under one fdatasync and
+one commit. A removal is committed before it is reported, and only then may its space be reused.
+A read is verified, shard by shard, after its bytes are in the pool. Reports come on the event
+loop, many in one call.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Protocol, TypeVar
+
+import lmdb
+import xxhash
+
+from kvstore.core.effects import DropSsd, ReadSsd, WriteSsd
+from kvstore.core.spec import SLOT_ALIGN_BYTES
+from kvstore.core.types import IoOutcome
+from kvstore.faultpoint import faultpoint
+from kvstore.node.ssd_file import RUN_BUFFERS_MAX, SsdFile
+from kvstore.node.ssd_index import SsdIndex
+
+log = logging.getLogger(__name__)
+
+IO_THREADS = 4
+READ_RUN_BYTES = 1 << 20  # short, so that the first blocks of a prompt are usable early
+WRITE_RUN_BYTES = 4 << 20
+GROUP_BYTES = 64 << 20
+GROUP_CHANGES = 16384
+
+
+class SsdReports(Protocol):
+    """Whoever hears, on the event loop, how requests ended."""
+
+    def reads_done(self, done: Sequence[tuple[ReadSsd, IoOutcome]]) -> None:
+        """Reads, in the order in which they ended."""
+
+    def writes_done(self, done: Sequence[WriteSsd], ok: bool) -> None:
+        """Writes of one group that ended alike."""
+
+    def drops_done(self, done: Sequence[DropSsd]) -> None:
+        """Removals that are durable."""
+
+
+Change = WriteSsd | DropSsd
+OpT = TypeVar("OpT", ReadSsd, WriteSsd)
+
+
+def slot_bytes(nbytes: int) -> int:
+    """Bytes of the slot of a block of ``nbytes``."""
+    return -(-nbytes // SLOT_ALIGN_BYTES) * SLOT_ALIGN_BYTES
+
+
+def verify(block: memoryview, checksums: Sequence[int]) -> bool:
+    """Whether every shard of a block has the checksum that it was committed with."""
+    count = len(checksums)
+    size = len(block)
+    return all(
+        xxhash.xxh3_64_intdigest(block[i * size // count : (i + 1) * size // count]) == checksum
+        for i, checksum in enumerate(checksums)
+    )
+
+
+class SsdTier:
+    """Carries out the core's disk requests; its methods are called on the event loop only."""
+
+    def __init__(
+        self, file: SsdFile, index: SsdIndex, memory: memoryview, reports: SsdReports
+    ) -> None:
+        self.file = file
+        self.index = index
+        self.failed = ""  # why nothing is acknowledged any more; empty while all is well
+        self._memory = memory
+        self._reports = reports
+        self._loop = asyncio.get_running_loop()
+        self._threads = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="ssd-io")
+        self._writers = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="ssd-write")
+        self._changes: queue.SimpleQueue[Sequence[Change] | None] = queue.SimpleQueue()
+        self._committer = threading.Thread(target=self._commit_loop, name="ssd-commit")
+        self._committer.start()
+        self._outstanding = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._inbox: list[Callable[[], None]] = []
+        self._inbox_lock = threading.Lock()
+
+    def submit_reads(self, reads: Sequence[ReadSsd]) -> None:
+        """Starts reads; neighbours on the medium go as one request."""
+        self._started(len(reads))
+        for run in _runs(reads, READ_RUN_BYTES):
+            self._threads.submit(self._read_run, run)
+
+    def submit_changes(self, changes: Sequence[Change]) -> None:
+        """Queues writes and removals; they become durable in this order, in groups."""
+        self._started(len(changes))
+        self._changes.put(changes)
+
+    async def drain(self) -> None:
+        """Returns when everything submitted has been reported."""
+        await self._idle.wait()
+
+    def close(self) -> None:
+        """Ends the threads after what they have in hand; reports that come later are dropped."""
+        self._changes.put(None)
+        self._committer.join()
+        self._threads.shutdown(cancel_futures=True)
+        self._writers.shutdown()
+        self.file.close()
+        self.index.close()
+
+    def _started(self, count: int) -> None:
+        self._outstanding += count
+        if self._outstanding:
+            self._idle.clear()
+
+    def _finished(self, count: int) -> None:
+        self._outstanding -= count
+        if not self._outstanding:
+            self._idle.set()
+
+    # On threads
+
+    def _post(self, report: Callable[[], None]) -> None:
+        """Has ``report`` called on the event loop; many posts share one wake-up."""
+        with self._inbox_lock:
+            self._inbox.append(report)
+            if len(self._inbox) > 1:
+                return
+        self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        with self._inbox_lock:
+            inbox, self._inbox = self._inbox, []
+        for report in inbox:
+            report()
+
+    def _slots(self, ops: Sequence[ReadSsd] | Sequence[WriteSsd]) -> list[memoryview]:
+        return [self._memory[op.dram_offset : op.dram_offset + slot_bytes(op.nbytes)] for op in ops]
+
+    def _read_run(self, run: Sequence[ReadSsd]) -> None:
+        try:
+            faultpoint("ssd.read")
+            self.file.read(self._slots(run), run[0].ssd_offset)
+            done = [(op, self._verified(op)) for op in run]
+        except OSError as error:
+            log.error("SSD read at byte %d failed: %s", run[0].ssd_offset, error)
+            done = [(op, IoOutcome.FAILED) for op in run]
+        self._post(lambda: self._report_reads(done))
+
+    def _verified(self, op: ReadSsd) -> IoOutcome:
+        block = self._memory[op.dram_offset : op.dram_offset + op.nbytes]
+        if verify(block, op.checksums):
+            return IoOutcome.OK
+        log.error("SSD block %s at byte %d is corrupt", op.key.hex()[:16], op.ssd_offset)
+        return IoOutcome.CORRUPT
+
+    def _report_reads(self, done: Sequence[tuple[ReadSsd, IoOutcome]]) -> None:
+        self._finished(len(done))
+        self._reports.reads_done(done)
+
+    def _commit_loop(self) -> None:
+        for group in self._groups():
+            self._commit(group)
+
+    def _groups(self) -> Iterator[list[Change]]:
+        """Everything queued up to the bounds of a group, then the next; ends at close."""
+        while (changes := self._changes.get()) is not None:
+            group = list(changes)
+            nbytes = sum(op.nbytes for op in changes if isinstance(op, WriteSsd))
+            while nbytes < GROUP_BYTES and len(group) < GROUP_CHANGES and not self._changes.empty():
+                if (more := self._changes.get()) is None:
+                    yield group
+                    return
+                group += more
+                nbytes += sum(op.nbytes for op in more if isinstance(op, WriteSsd))
+            yield group
+
+    def _commit(self, group: Sequence[Change]) -> None:
+        writes = [op for op in group if isinstance(op, WriteSsd)]
+        drops = [op for op in group if isinstance(op, DropSsd)]
+        lost = self._write_data(writes)
+        changes: list[tuple[bytes, bytes | None]] = [
+            (op.key, op.record.encode() if isinstance(op, WriteSsd) else None)
+            for op in group
+            if isinstance(op, DropSsd) or id(op) not in lost
+        ]
+        try:
+            faultpoint("ssd.index")
+            self.index.apply(changes)
+            faultpoint("ssd.indexed")
+        except (lmdb.Error, OSError) as error:
+            self._fail(f"index commit: {error}")
+            self._post(lambda: self._report_group(writes, (), (), stuck=len(drops)))
+            return
+        kept = [op for op in writes if id(op) not in lost]
+        failed = [op for op in writes if id(op) in lost]
+        self._post(lambda: self._report_group(failed, kept, drops))
+
+    def _write_data(self, writes: Sequence[WriteSsd]) -> set[int]:
+        """Writes and syncs the data; ids of the requests whose data is not on the medium."""
+        if self.failed or not writes:
+            return {id(op) for op in writes}
+        runs = list(_runs(writes, WRITE_RUN_BYTES))
+        jobs = [self._writers.submit(self._write_run, run) for run in runs]
+        wait(jobs)
+        lost = {
+            id(op) for run, job in zip(runs, jobs, strict=True) if not job.result() for op in run
+        }
+        try:
+            faultpoint("ssd.sync")
+            self.file.sync()
+        except OSError as error:
+            # After a failed fdatasync the kernel has forgotten which pages were dirty: what this
+            # file holds is unknown until it is written again.
+            self._fail(f"fdatasync: {error}")
+            return {id(op) for op in writes}
+        return lost
+
+    def _write_run(self, run: Sequence[WriteSsd]) -> bool:
+        try:
+            faultpoint("ssd.data")
+            self.file.write(self._slots(run), run[0].ssd_offset)
+        except OSError as error:
+            log.error("SSD write at byte %d failed: %s", run[0].ssd_offset, error)
+            return False
+        return True
+
+    def _fail(self, reason: str) -> None:
+        log.error("SSD tier takes no more writes: %s", reason)
+        self.failed = reason
+
+    def _report_group(
+        self,
+        failed: Sequence[WriteSsd],
+        kept: Sequence[WriteSsd],
+        drops: Sequence[DropSsd],
+        stuck: int = 0,
+    ) -> None:
+        # The space of a stuck removal is never reported free: its old record may still stand.
+        self._finished(len(failed) + len(kept) + len(drops) + stuck)
+        if failed:
+            self._reports.writes_done(failed, ok=False)
+        if kept:
+            self._reports.writes_done(kept, ok=True)
+        if drops:
+            self._reports.drops_done(drops)
+
+
+def _runs(ops: Sequence[OpT], bytes_max: int) -> Iterator[list[OpT]]:
+    """``ops`` split into runs of neighbours on the medium, each of at most ``bytes_max``."""
+    run: list[OpT] = []
+    end = nbytes = 0
+    for op in ops:
+        size = slot_bytes(op.nbytes)
+        fits = nbytes + size <= bytes_max and len(run) < RUN_BUFFERS_MAX
+        if run and (op.ssd_offset != end or not fits):
+            yield run
+            run, nbytes = [], 0
+        run.append(op)
+        nbytes += size
+        end = op.ssd_offset + size
+    if run:
+        yield run
