@@ -1,0 +1,1 @@
+"""Connects inference engines to kvstore: an engine-agnostic core and thin adapters."""

@@ -1,0 +1,133 @@
+"""Look-ups: what the directory has of a prompt, and why it has no more."""
+
+import logging
+from dataclasses import dataclass
+
+from kvstore.core.types import EndReason, Tier
+from kvstore.errors import DeadlineError, KVStoreError
+
+from kvstore_connector.config import ConnectorConfig
+from kvstore_connector.counters import Counters
+from kvstore_connector.hbm import HbmBlocks
+from kvstore_connector.link import Link
+from kvstore_connector.loads import UNAVAILABLE
+from kvstore_connector.store import Namespace
+
+log = logging.getLogger(__name__)
+
+NEVER_STORED = "never_stored"
+COMPLETE = "complete"
+
+
+@dataclass(slots=True)
+class Lookup:
+    """One request's prompt blocks and what is known about where they end."""
+
+    keys: list[bytes]
+    found_end: int = 0  # index after the last block that the directory had
+    reason_at: int = -1  # index of the block that ``reason`` is about
+    reason: str = NEVER_STORED
+
+
+class Lookups:
+    """Asks the directory from the engine loop, and the node, behind it, for reasons.
+
+    The directory answers in a tenth of a millisecond, without a call. It does not tell why a block
+    is absent; the node is asked for that once a request, and the answer shows in later matches.
+    """
+
+    def __init__(
+        self, link: Link, config: ConnectorConfig, hbm: HbmBlocks, counters: Counters
+    ) -> None:
+        self._link = link
+        self._config = config
+        self._hbm = hbm
+        self._counters = counters
+        self._open: dict[str, Lookup] = {}
+
+    def start(self, request_id: str, keys: list[bytes]) -> None:
+        """A request arrived: sets its look-up going."""
+        lookup = self._open[request_id] = Lookup(keys)
+        namespace = self._link.namespace
+        if namespace is None or not self._config.loads:
+            return
+        first = self._hbm.leading(keys)
+        count, slow = self._in_directory(namespace, keys[first:])
+        if slow:
+            self._link.submit(self._spawn_prefetch, namespace, keys[: first + count], first)
+        if first + count < len(keys):
+            self._link.submit(self._spawn_explain, namespace, lookup, first + count)
+
+    def match(self, request_id: str, first: int) -> tuple[int, str]:
+        """How many blocks from ``first`` on can be loaded, and why not more."""
+        lookup = self._open.get(request_id)
+        if lookup is None or not self._config.loads:
+            return 0, NEVER_STORED
+        if first >= len(lookup.keys):
+            return 0, COMPLETE
+        namespace = self._link.namespace
+        if namespace is None:
+            return 0, UNAVAILABLE
+        count, _ = self._in_directory(namespace, lookup.keys[first:])
+        lookup.found_end = first + count
+        if count < self._config.min_load_blocks:
+            count = 0
+        if lookup.found_end == len(lookup.keys):
+            return count, COMPLETE
+        known = lookup.reason_at == lookup.found_end
+        return count, lookup.reason if known else NEVER_STORED
+
+    def chain(self, request_id: str, first: int, count: int) -> tuple[list[bytes], bytes | None]:
+        """Keys of the blocks to load, and the key behind them if the directory lacks that one."""
+        lookup = self._open.get(request_id)
+        if lookup is None:
+            return [], None
+        end = first + count
+        absent = end == lookup.found_end and end < len(lookup.keys)
+        return lookup.keys[first:end], lookup.keys[end] if absent else None
+
+    def parent(self, request_id: str, first: int) -> bytes | None:
+        """The key before block ``first``; None at the root."""
+        lookup = self._open.get(request_id)
+        return lookup.keys[first - 1] if lookup is not None and first else None
+
+    def forget(self, request_id: str) -> None:
+        """The request ended."""
+        self._open.pop(request_id, None)
+
+    def _in_directory(self, namespace: Namespace, keys: list[bytes]) -> tuple[int, bool]:
+        """Leading blocks that the directory has, and whether one of them is slow to come by."""
+        try:
+            match = namespace.match(keys)
+        except KVStoreError:
+            return 0, False
+        self._counters.add("connector_directory_lookups")
+        return match.count, bool((match.tiers >= Tier.SSD).any())
+
+    def _spawn_prefetch(self, namespace: Namespace, keys: list[bytes], first: int) -> None:
+        self._link.spawn(self._prefetch(namespace, keys, first))
+
+    async def _prefetch(self, namespace: Namespace, keys: list[bytes], first: int) -> None:
+        try:
+            await namespace.prefetch(keys[first:], parent=keys[first - 1] if first else None)
+        except KVStoreError as error:
+            self._note(namespace, error)
+
+    def _spawn_explain(self, namespace: Namespace, lookup: Lookup, index: int) -> None:
+        self._link.spawn(self._explain(namespace, lookup, index))
+
+    async def _explain(self, namespace: Namespace, lookup: Lookup, index: int) -> None:
+        parent = lookup.keys[index - 1] if index else None
+        try:
+            lease = await namespace.acquire([lookup.keys[index]], parent=parent, timeout_s=0)
+        except KVStoreError as error:
+            self._note(namespace, error)
+            return
+        lease.release()
+        if lease.reason not in (None, EndReason.COMPLETE):
+            lookup.reason, lookup.reason_at = EndReason(lease.reason).name.lower(), index
+
+    def _note(self, namespace: Namespace, error: KVStoreError) -> None:
+        log.debug("a look-up was not answered: %s", error)
+        if isinstance(error, DeadlineError):
+            self._link.missed_deadline(namespace)
