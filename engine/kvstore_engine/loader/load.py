@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from kvstore_engine.loader.directory import load_directory
+from kvstore_engine.loader.gguf_file import load_gguf
 from kvstore_engine.loader.tiny import load_tiny
 from kvstore_engine.model_source import ModelLoadError, ModelSource, SourceKind, find_model
 from kvstore_engine.models.base import Decoder
@@ -35,10 +37,13 @@ def load_model(path_or_name: str | Path, dtype: str = "float32") -> LoadedModel:
         raise ModelLoadError(f"dtype {dtype!r} is not supported; take one of {sorted(DTYPES)}")
     source = find_model(path_or_name)
     model, fingerprint = _load(source, DTYPES[dtype])
+    model.pack()
     return LoadedModel(model.eval(), model.config, fingerprint, str(path_or_name))
 
 
 def _load(source: ModelSource, dtype: torch.dtype) -> tuple[Decoder, str]:
     if source.kind is SourceKind.TINY:
         return load_tiny(source.name, dtype)
-    raise ModelLoadError(f"{source.kind.value} models are not supported yet")
+    if source.kind is SourceKind.GGUF:
+        return load_gguf(source.location, source.name, dtype)
+    return load_directory(source.location, source.name, dtype)

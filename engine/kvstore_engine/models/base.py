@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from kvstore_engine.attention import AttentionPlan
+from kvstore_engine.gemm import linear
 from kvstore_engine.model_source import ModelLoadError
 from kvstore_engine.models.config import ModelConfig
 from kvstore_engine.models.layers import GatedMlp, Projection, RmsNorm, Rotary, empty_parameter
@@ -139,7 +140,13 @@ class Decoder(nn.Module, ABC):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``[R, vocab]`` of hidden states ``[R, hidden]``."""
-        return functional.linear(hidden, self.head)
+        return linear(hidden, self.head)
+
+    def pack(self) -> None:
+        """Makes the loaded weights fast to use; targets() and load() are over then."""
+        for module in self.modules():
+            if isinstance(module, Projection):
+                module.pack()
 
     def targets(self) -> dict[str, torch.Tensor]:
         """Every weight by its Hugging Face name: writable views of the storage."""

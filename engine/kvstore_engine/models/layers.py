@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from kvstore_engine.gemm import linear, pack
 from kvstore_engine.models.config import ModelConfig, RopeConfig
 
 
@@ -15,15 +16,22 @@ def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class Projection(nn.Module):
-    """``x @ weight.T + bias`` whose weight is several projections stacked, for one GEMM."""
+    """``x @ weight.T + bias`` whose weight may be several projections stacked, for one GEMM."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = empty_parameter(outputs, inputs, dtype=dtype)
         self.bias = empty_parameter(outputs, dtype=dtype) if bias else None
 
+        self.packed: torch.Tensor | None = None
+
+    def pack(self) -> None:
+        """Puts the loaded weight into its fastest order; ``weight`` is empty from then on."""
+        self.packed = pack(self.weight.data)
+        self.weight.data = torch.empty(0, dtype=self.weight.dtype)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight, self.bias)
+        return linear(x, self.weight if self.packed is None else self.packed, self.bias)
 
 
 class RmsNorm(nn.Module):
