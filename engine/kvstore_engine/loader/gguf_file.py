@@ -7,8 +7,8 @@ from typing import Any
 import gguf
 import torch
 
-from kvstore_engine.loader.fingerprint import fingerprint_files
 from kvstore_engine.gguf_fields import GgufFields, open_gguf
+from kvstore_engine.loader.fingerprint import fingerprint_files
 from kvstore_engine.model_source import ModelLoadError
 from kvstore_engine.models.base import Decoder
 from kvstore_engine.models.config import ModelConfig, RopeConfig
