@@ -8,7 +8,8 @@ from typing import Any
 
 from kvstore.core.keys import KEY_BYTES, namespace_root
 from kvstore.core.spec import CacheSpec
-from kvstore.errors import DeadlineError, KVStoreError, PreconditionError
+from kvstore.core.types import EndReason
+from kvstore.errors import KVStoreError, PreconditionError
 
 from kvstore_connector.counters import Counters
 from kvstore_connector.store import Client, Connect, Namespace
@@ -20,6 +21,16 @@ BACKOFF_S_MAX = 2.0
 PROBE_INTERVAL_S = 0.5
 CLOSE_S_MAX = 3.0
 _PROBE_KEY = bytes(KEY_BYTES)
+
+
+async def end_of_chain(namespace: Namespace, key: bytes, parent: bytes | None) -> EndReason:
+    """Why the node has no ``key``: COMPLETE if it has, TIMED_OUT if it did not answer."""
+    lease = await namespace.acquire([key], parent=parent, timeout_s=0)
+    try:
+        await lease.wait()
+    finally:
+        lease.release()
+    return lease.reason or EndReason.UNSPECIFIED
 
 
 class Link:
@@ -88,7 +99,6 @@ class Link:
         if self.namespace is not namespace:
             return
         self.namespace = None
-        self._counters.add("connector_stalls")
         log.warning("the kvstore node let a deadline pass; not asking it until it answers again")
         self._probe = self.loop.create_task(self._probe_until_answered(namespace))
 
@@ -166,18 +176,16 @@ class Link:
             log.debug("closing a session: %s", error)
 
     async def _probe_until_answered(self, namespace: Namespace) -> None:
-        while True:
-            await asyncio.sleep(PROBE_INTERVAL_S)
-            try:
-                lease = await namespace.acquire([_PROBE_KEY], parent=None, timeout_s=0)
-            except DeadlineError:
-                continue
-            except KVStoreError:
-                return
-            lease.release()
-            self._probe = None
-            self.namespace = namespace
+        """Asks at once, as a slow medium is no stalled node, and from then on now and again."""
+        try:
+            while await end_of_chain(namespace, _PROBE_KEY, None) == EndReason.TIMED_OUT:
+                self._counters.add("connector_stalls")
+                await asyncio.sleep(PROBE_INTERVAL_S)
+        except KVStoreError as error:
+            log.debug("the node's session is lost: %s", error)
             return
+        self._probe = None
+        self.namespace = namespace
 
     async def _shut_down(self) -> None:
         for task in self._tasks:

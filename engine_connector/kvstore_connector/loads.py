@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from kvstore.core.types import EndReason, Tier
 from kvstore.errors import (
-    DeadlineError,
     KVStoreError,
     ResourceExhaustedError,
     UnavailableError,
@@ -23,6 +22,7 @@ from kvstore_connector.store import Lease, Namespace
 
 log = logging.getLogger(__name__)
 
+TIMED_OUT = EndReason.TIMED_OUT.name.lower()
 UNAVAILABLE = "store_unavailable"
 # What the node needs at most to say that the time is over, once it is.
 ANSWER_GRACE_S = 0.2
@@ -39,7 +39,6 @@ class Load:
     next_key: bytes | None
     deadline_s: float  # on the monotonic clock
     cancelled: bool = False
-    copying: bool = False
     finished: bool = False
     blocks: int = 0  # leading blocks whose bytes are proven to be in their pages
     end_reason: str = UNAVAILABLE
@@ -52,8 +51,6 @@ class Load:
 
 def reason_of(error: KVStoreError) -> str:
     """Why a chain ended, from the error that ended it."""
-    if isinstance(error, DeadlineError):
-        return "timed_out"
     if isinstance(error, UnavailableError):
         return UNAVAILABLE
     if isinstance(error, ResourceExhaustedError):
@@ -103,10 +100,8 @@ class Loads:
         try:
             async with asyncio.timeout(load.deadline_s - time.monotonic()):
                 await self._transfer(namespace, load)
-        except (DeadlineError, TimeoutError):
-            load.end_reason = "timed_out"
-            if not load.copying:
-                self._link.missed_deadline(namespace)
+        except TimeoutError:  # DeadlineError is one
+            load.end_reason = TIMED_OUT
         except KVStoreError as error:
             load.end_reason = reason_of(error)
             log.info("load of %s ended after %d blocks: %s", load.request_id, load.blocks, error)
@@ -114,6 +109,8 @@ class Loads:
             load.end_reason = "store_error"
             log.exception("load of %s ended after %d blocks", load.request_id, load.blocks)
         finally:
+            if load.end_reason == TIMED_OUT:
+                self._link.missed_deadline(namespace)
             self._finish(load)
 
     async def _transfer(self, namespace: Namespace, load: Load) -> None:
@@ -137,10 +134,8 @@ class Loads:
 
     async def _copy_arrived(self, lease: Lease, first: int, count: int, load: Load) -> None:
         copy = self._link.loop.run_in_executor(self._copier, self._copy, lease, first, count, load)
-        load.copying = True
         try:
             await asyncio.shield(copy)
-            load.copying = False
         except asyncio.CancelledError:
             # Pages may be handed on only after the last byte was written to them.
             load.cancelled = True

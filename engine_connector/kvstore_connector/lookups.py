@@ -4,12 +4,12 @@ import logging
 from dataclasses import dataclass
 
 from kvstore.core.types import EndReason, Tier
-from kvstore.errors import DeadlineError, KVStoreError
+from kvstore.errors import KVStoreError
 
 from kvstore_connector.config import ConnectorConfig
 from kvstore_connector.counters import Counters
 from kvstore_connector.hbm import HbmBlocks
-from kvstore_connector.link import Link
+from kvstore_connector.link import Link, end_of_chain
 from kvstore_connector.loads import UNAVAILABLE
 from kvstore_connector.store import Namespace
 
@@ -111,7 +111,7 @@ class Lookups:
         try:
             await namespace.prefetch(keys[first:], parent=keys[first - 1] if first else None)
         except KVStoreError as error:
-            self._note(namespace, error)
+            log.debug("a prefetch failed: %s", error)
 
     def _spawn_explain(self, namespace: Namespace, lookup: Lookup, index: int) -> None:
         self._link.spawn(self._explain(namespace, lookup, index))
@@ -119,15 +119,11 @@ class Lookups:
     async def _explain(self, namespace: Namespace, lookup: Lookup, index: int) -> None:
         parent = lookup.keys[index - 1] if index else None
         try:
-            lease = await namespace.acquire([lookup.keys[index]], parent=parent, timeout_s=0)
+            reason = await end_of_chain(namespace, lookup.keys[index], parent)
         except KVStoreError as error:
-            self._note(namespace, error)
+            log.debug("no reason for a miss: %s", error)
             return
-        lease.release()
-        if lease.reason not in (None, EndReason.COMPLETE):
-            lookup.reason, lookup.reason_at = EndReason(lease.reason).name.lower(), index
-
-    def _note(self, namespace: Namespace, error: KVStoreError) -> None:
-        log.debug("a look-up was not answered: %s", error)
-        if isinstance(error, DeadlineError):
+        if reason == EndReason.TIMED_OUT:
             self._link.missed_deadline(namespace)
+        elif reason != EndReason.COMPLETE:
+            lookup.reason, lookup.reason_at = reason.name.lower(), index

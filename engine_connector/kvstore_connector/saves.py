@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from kvstore.core.types import ReserveStatus
-from kvstore.errors import DeadlineError, KVStoreError
+from kvstore.errors import KVStoreError
 
 from kvstore_connector.counters import Counters
 from kvstore_connector.link import Link
@@ -179,7 +179,7 @@ class Saves:
             if namespace is not None:
                 async with asyncio.timeout(self._timeout_s + GRACE_S):
                     saved = await self._save(namespace, batch)
-        except (DeadlineError, TimeoutError) as error:
+        except TimeoutError as error:
             log.info("a save of %d blocks took too long: %s", len(batch.keys), error)
             if namespace is not None:
                 self._link.missed_deadline(namespace)

@@ -14,6 +14,8 @@ from kvstore.core.spec import CacheSpec
 from kvstore.core.types import AckLevel, EndReason, ReserveStatus, Tier
 from kvstore.errors import DeadlineError, UnavailableError
 
+CALL_TIMEOUT_S = 0.1
+
 
 @dataclass
 class FakeMatch:
@@ -99,8 +101,9 @@ class FakeNamespace:
         self, keys: Sequence[bytes], *, parent: bytes | None, timeout_s: float
     ) -> "FakeLease":
         self.store.calls.append(f"acquire {len(keys)}")
-        await self._answer(timeout_s)
-        return FakeLease(self, list(keys), timeout_s)
+        if not self.store.stalled:
+            await self._answer(timeout_s)
+        return FakeLease(self, list(keys), timeout_s or CALL_TIMEOUT_S)
 
     @asynccontextmanager
     async def write(
@@ -147,18 +150,26 @@ class FakeLease:
         self.client = namespace.client
         self.keys = keys
         self.timeout_s = timeout_s
-        self.count = min(namespace.match(keys).count, self.store.arrivals_max)
+        self.stalled = self.store.stalled
+        self.count = (
+            0 if self.stalled else min(namespace.match(keys).count, self.store.arrivals_max)
+        )
         self.held = self.count
         self.store.pinned += self.count
         tiers = [self.store.tiers.get(key, Tier.DRAM) for key in keys[: self.count]]
         self.sources = np.array(tiers, np.uint8)
         self.reason: EndReason | None = None
+        if self.stalled:
+            return
         if self.count == len(keys):
             self.reason = EndReason.COMPLETE
         elif self.count < self.store.arrivals_max:
             self.reason = self.store.reasons.get(keys[self.count], EndReason.NEVER_STORED)
 
     async def wait(self, count: int | None = None) -> int:
+        if self.reason is None:
+            await asyncio.sleep(self.timeout_s)
+            self.reason = EndReason.TIMED_OUT
         return self.count
 
     async def arrivals(self) -> AsyncIterator[tuple[int, int]]:
@@ -170,9 +181,7 @@ class FakeLease:
             count = min(self.store.run_blocks, self.count - first)
             yield first, count
             first += count
-        if self.reason is None:
-            await asyncio.sleep(self.timeout_s)
-            self.reason = EndReason.TIMED_OUT
+        await self.wait()
 
     def copy_into(self, out: Any, first: int = 0, count: int | None = None) -> int:
         assert count is not None

@@ -47,7 +47,12 @@ class Rig:
 
     def keys(self, blocks: int, seed: int = 0) -> list[bytes]:
         """A chain of this many blocks."""
-        return block_keys(self.core.root, [seed, *range(1, 4 * blocks)], 4)
+        return self.chain(self.core.root, blocks, seed)
+
+    @staticmethod
+    def chain(root: bytes, blocks: int, seed: int = 0) -> list[bytes]:
+        """A chain of this many blocks from ``root`` on."""
+        return block_keys(root, [seed, *range(1, 4 * blocks)], 4)
 
     def put(self, keys: Sequence[bytes]) -> None:
         """Has them stored already."""

@@ -1,0 +1,103 @@
+"""The link: connects again by itself, keeps its root, and reports what is in pages."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from kvstore.core.keys import namespace_root
+from kvstore.errors import UnavailableError
+
+from tests.connector.fake_store import FakeClient, FakeStore
+from tests.connector.rig import SPEC, Rig, wait_until
+
+
+def test_I9_a_lost_session_is_opened_again(rig: Rig) -> None:
+    keys = rig.keys(4)
+    rig.put(keys)
+    rig.store.lose_session()
+    wait_until(lambda: len(rig.store.sessions) == 2 and rig.core.connected)
+    assert rig.load(keys).blocks == 4
+    assert rig.store.sessions[0].closed
+    assert rig.core.counters()["connector_sessions_lost"] == 1
+
+
+def test_a_node_that_comes_later_is_used(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(store=FakeStore(away=True))
+    assert rig.core.root == namespace_root(SPEC)
+    keys = rig.keys(4)
+    rig.put(keys)
+    assert rig.load(keys).end_reason == "store_unavailable"
+    rig.store.away = False
+    wait_until(lambda: rig.core.connected)
+    assert rig.load(keys).blocks == 4
+
+
+def test_the_root_is_the_nodes_own(make_rig: Callable[..., Rig]) -> None:
+    assert make_rig(store=FakeStore(foreign_root=True)).core.root == bytes(32)
+
+
+def test_a_node_with_another_root_is_not_used(
+    make_rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    rig = make_rig()
+    rig.store.foreign_root = True
+    rig.store.lose_session()
+    wait_until(lambda: "restart the engine" in caplog.text)
+    assert not rig.core.connected
+    assert rig.core.root == namespace_root(SPEC)
+
+
+def test_start_does_not_wait_long_for_a_silent_node(make_rig: Callable[..., Rig]) -> None:
+    class Silent(FakeStore):
+        async def connect(self, on_lost: Callable[[], None]) -> FakeClient:
+            await asyncio.sleep(60)
+            raise UnavailableError("silent")
+
+    rig = make_rig(store=Silent(), connect_timeout_s=0.05)
+    assert not rig.core.connected
+
+
+def test_unexpected_errors_do_not_end_the_link(
+    make_rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(FakeStore):
+        attempts = 0
+
+        async def connect(self, on_lost: Callable[[], None]) -> FakeClient:
+            self.attempts += 1
+            if self.attempts == 1:
+                raise RuntimeError("a bug")
+            return await super().connect(on_lost)
+
+    rig = make_rig(store=Broken())
+    wait_until(lambda: rig.core.connected)
+    assert "a bug" in caplog.text
+
+
+def test_blocks_in_pages_reach_the_node(rig: Rig) -> None:
+    a, b, c = rig.keys(3)
+    rig.core.pages_changed([a, b], [])
+    wait_until(lambda: rig.store.hbm == {a, b})
+    rig.core.pages_changed([c], [a])
+    wait_until(lambda: rig.store.hbm == {b, c})
+    rig.store.hbm.clear()
+    rig.store.lose_session()
+    wait_until(lambda: rig.store.hbm == {b, c})
+
+
+def test_blocks_in_pages_are_kept_for_a_node_that_is_away(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(store=FakeStore(away=True))
+    keys = rig.keys(3)
+    rig.core.pages_changed(keys, [])
+    rig.store.away = False
+    wait_until(lambda: rig.store.hbm == set(keys))
+
+
+def test_blocks_in_pages_are_not_fetched_ahead(rig: Rig) -> None:
+    keys = rig.keys(4)
+    rig.put(keys)
+    rig.core.pages_changed(keys, [])
+    rig.core.on_request("r", keys)
+    rig.core.on_request("s", [*keys, bytes(32)])
+    wait_until(lambda: rig.store.calls == ["acquire 1"])
