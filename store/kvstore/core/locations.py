@@ -1,0 +1,334 @@
+"""Which places hold which block: the master's index, pure and in memory.
+
+A *place* is one tier of one node (for HBM: of one engine) within one namespace. Keys do not own
+their list of places; all keys that are in exactly the same places share one ``_PlaceSet``. So a
+key costs its 32 bytes and one dict entry, and a node is forgotten by changing the few sets that
+name it, however many blocks they stand for.
+"""
+
+import heapq
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvstore.core.keys import split_keys
+from kvstore.core.types import EndReason, Tier
+
+GHOST_KEYS_MAX = 1 << 17
+KEY_OBJECT_BYTES = 80  # a bytes object of 32, as the allocator rounds it up
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """Where blocks can be; made by ``Locations.place`` only, so that identity is equality."""
+
+    node_id: str
+    tier: Tier
+    engine_id: str
+    root: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Keys ``first`` to ``first + count - 1`` of a request are in ``place``."""
+
+    first: int
+    count: int
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """The leading keys that are somewhere, and why the next one is nowhere."""
+
+    runs: list[Run]
+    found: int
+    reason: EndReason
+
+
+@dataclass(slots=True, eq=False)
+class _PlaceSet:
+    """The places that a group of keys has in common; without any, why they have none."""
+
+    places: tuple[Place, ...]
+    reason: EndReason
+    keys: int = 0
+    with_place: dict[Place, "_PlaceSet"] = field(default_factory=dict)
+    without: dict[tuple[Place, EndReason], "_PlaceSet"] = field(default_factory=dict)
+
+    @property
+    def best(self) -> tuple[Place, ...]:
+        """The places of the fastest tier; places are kept in the order of their tiers."""
+        return tuple(p for p in self.places if p.tier == self.places[0].tier)
+
+
+def _in_order(places: set[Place]) -> tuple[Place, ...]:
+    return tuple(sorted(places, key=lambda p: (p.tier, p.node_id, p.engine_id)))
+
+
+class Locations:
+    """Index from key to places, with the reason why a key that was here is gone.
+
+    At most ``keys_max`` keys are indexed; ``stored`` says how many it had to refuse. Keys that
+    lost their last place stay as ghosts with their reason, at most ``ghosts_max`` of them.
+    """
+
+    def __init__(self, *, keys_max: int = 1 << 62, ghosts_max: int = GHOST_KEYS_MAX) -> None:
+        self._keys_max = keys_max
+        self._ghosts_max = ghosts_max
+        self._table: dict[bytes, _PlaceSet] = {}
+        self._places: dict[tuple[str, Tier, str, bytes], Place] = {}
+        self._never = _PlaceSet((), EndReason.NEVER_STORED)
+        self._sets: dict[tuple[Place, ...], _PlaceSet] = {}
+        self._dead: dict[EndReason, _PlaceSet] = {}
+        # Sets that a removal made equal to another one; they live until no key names them.
+        self._twins: list[_PlaceSet] = []
+        self._purged: set[bytes] = set()
+
+    def place(self, node_id: str, tier: Tier, root: bytes, engine_id: str = "") -> Place:
+        """The one Place of these names."""
+        name = (node_id, tier, engine_id, root)
+        if (found := self._places.get(name)) is None:
+            found = self._places[name] = Place(node_id, tier, engine_id, root)
+        return found
+
+    # Changes
+
+    def stored(self, place: Place, joined: bytes) -> int:
+        """Notes that ``place`` has these keys (n x 32 bytes). Returns how many were refused,
+        because the index is full; keys that it has already are never refused.
+        """
+        table, never, refused = self._table, self._never, 0
+        self._purged.discard(place.root)
+        for key in split_keys(joined):
+            old = table.get(key, never)
+            new = old.with_place.get(place) or self._add(old, place)
+            if new is old:
+                continue
+            if old is never and len(table) >= self._keys_max:
+                self._forget_ghosts(0)
+                if len(table) >= self._keys_max:
+                    refused += 1
+                    continue
+            table[key] = new
+            old.keys -= 1
+            new.keys += 1
+        return refused
+
+    def removed(self, place: Place, joined: bytes) -> None:
+        """Notes that ``place`` has these keys no more; keys that it never had are ignored."""
+        table = self._table
+        reason = EndReason.PURGED if place.root in self._purged else EndReason.EVICTED
+        edge = (place, reason)
+        for key in split_keys(joined):
+            if (old := table.get(key)) is None:
+                continue
+            new = old.without.get(edge) or self._subtract(old, place, reason)
+            table[key] = new
+            old.keys -= 1
+            new.keys += 1
+        self._limit_ghosts()
+
+    def clear(self, place: Place) -> int:
+        """Forgets every block of one place; returns how many there were."""
+        reason = EndReason.PURGED if place.root in self._purged else EndReason.EVICTED
+        return self._strip(lambda p: p is place, reason)
+
+    def remove_node(self, node_id: str, reason: EndReason = EndReason.NODE_LOST) -> list[Place]:
+        """Forgets every block of a node, HBM of its engines included; returns the places that
+        it had. Takes a time that grows with the number of places, not of blocks.
+        """
+        held = [p for p in self.counts() if p.node_id == node_id]
+        self._strip(lambda p: p.node_id == node_id, reason)
+        return held
+
+    def expect_purge(self, root: bytes) -> None:
+        """Removals in this namespace are a purge, until something is stored in it again."""
+        self._purged.add(root)
+
+    # Questions
+
+    def locate(self, joined: bytes) -> Located:
+        """The fastest place of each leading key, in runs as long as they can be."""
+        runs: list[Run] = []
+        keys = split_keys(joined)
+        first, candidates, last = 0, list[Place](), self._never
+        for i, key in enumerate(keys):
+            held = self._table.get(key, self._never)
+            if held is last and candidates:
+                continue
+            if not held.places:
+                break
+            best = held.best
+            if not (common := [p for p in candidates if p in best]):
+                if candidates:
+                    runs.append(Run(first, i - first, candidates[0]))
+                first, common = i, list(best)
+            candidates, last = common, held
+        else:
+            i, held = len(keys), _PlaceSet((), EndReason.COMPLETE)
+        if candidates:
+            runs.append(Run(first, i - first, candidates[0]))
+        return Located(runs, i, held.reason)
+
+    def copies(self, joined: bytes) -> Located:
+        """Every place of each leading key, not only the fastest: runs overlap."""
+        found = self.locate(joined)
+        runs: list[Run] = []
+        start: dict[Place, int] = {}
+        for i, key in enumerate(split_keys(joined)[: found.found]):
+            places = self._table[key].places
+            for place in [p for p in start if p not in places]:
+                runs.append(Run(start[place], i - start[place], place))
+                del start[place]
+            for place in places:
+                start.setdefault(place, i)
+        runs += [Run(at, found.found - at, place) for place, at in start.items()]
+        runs.sort(key=lambda r: (r.first, r.place.tier, r.place.node_id, r.place.engine_id))
+        return Located(runs, found.found, found.reason)
+
+    def places_of(self, key: bytes) -> tuple[Place, ...]:
+        """Where a key is, fastest tier first."""
+        return self._table.get(key, self._never).places
+
+    def counts(self) -> dict[Place, int]:
+        """Blocks of each place that has any."""
+        counts: dict[Place, int] = {}
+        for group in self._all():
+            for place in group.places if group.keys else ():
+                counts[place] = counts.get(place, 0) + group.keys
+        return counts
+
+    def namespace_keys(self) -> dict[bytes, int]:
+        """Distinct keys of each namespace that has any."""
+        counts: dict[bytes, int] = {}
+        for group in self._all():
+            if group.places and group.keys:
+                root = group.places[0].root
+                counts[root] = counts.get(root, 0) + group.keys
+        return counts
+
+    @property
+    def entries(self) -> int:
+        """Blocks, each counted once for every place that it is in."""
+        return sum(group.keys * len(group.places) for group in self._all())
+
+    @property
+    def ghosts(self) -> int:
+        """Keys without a place that are kept for their reason."""
+        return sum(group.keys for group in self._all() if not group.places)
+
+    def memory_bytes(self) -> int:
+        """Estimate of the memory that the index takes."""
+        groups = len(self._all())
+        return sys.getsizeof(self._table) + KEY_OBJECT_BYTES * len(self._table) + 1024 * groups
+
+    def pager(self) -> Callable[[Callable[[Place], bool], bytes, int], "Page"]:
+        """A function that lists blocks as they are now; it may run on another thread.
+
+        ``pager()(wanted, after, limit)`` gives the keys above ``after`` in their order, each with
+        its wanted places. A page ends after ``limit`` rows, but never between rows of one key.
+        """
+        table = self._table.copy()
+        groups = {id(group): group.places for group in self._all() if group.places}
+
+        def page(wanted: Callable[[Place], bool], after: bytes, limit: int) -> Page:
+            rows_of = {g: tuple(filter(wanted, places)) for g, places in groups.items()}
+            matching = (
+                (key, rows_of[id(group)])
+                for key, group in table.items()
+                if key > after and rows_of.get(id(group))
+            )
+            return _cut(heapq.nsmallest(limit + 1, matching, key=lambda row: row[0]), limit)
+
+        return page
+
+    # Sets of places
+
+    def _all(self) -> list[_PlaceSet]:
+        return [*self._sets.values(), *self._dead.values(), *self._twins]
+
+    def _group(self, places: set[Place], reason: EndReason) -> _PlaceSet:
+        if not places:
+            return self._dead.setdefault(reason, _PlaceSet((), reason))
+        ordered = _in_order(places)
+        return self._sets.setdefault(ordered, _PlaceSet(ordered, EndReason.COMPLETE))
+
+    def _add(self, old: _PlaceSet, place: Place) -> _PlaceSet:
+        new = old
+        if place not in old.places:
+            new = self._group({*old.places, place}, EndReason.COMPLETE)
+        old.with_place[place] = new
+        return new
+
+    def _subtract(self, old: _PlaceSet, place: Place, reason: EndReason) -> _PlaceSet:
+        new = old
+        if place in old.places:
+            new = self._group(set(old.places) - {place}, reason)
+        old.without[(place, reason)] = new
+        return new
+
+    def _strip(self, gone: Callable[[Place], bool], reason: EndReason) -> int:
+        """Takes places out of every set that names them, without touching a key."""
+        stripped = 0
+        groups = [group for group in self._all() if group.keys]
+        self._sets, self._dead, self._twins = {}, {}, []
+        for group in groups:
+            group.with_place.clear()
+            group.without.clear()
+            kept = tuple(p for p in group.places if not gone(p))
+            stripped += group.keys * (len(group.places) - len(kept))
+            if group.places and not kept:
+                group.reason = reason
+            group.places = kept
+            self._adopt(group)
+        self._never.with_place.clear()
+        self._places = {name: p for name, p in self._places.items() if not gone(p)}
+        self._limit_ghosts()
+        return stripped
+
+    def _adopt(self, group: _PlaceSet) -> None:
+        """Makes ``group`` the set of its places, or a twin of the one that is."""
+        first = (
+            self._sets.setdefault(group.places, group)
+            if group.places
+            else self._dead.setdefault(group.reason, group)
+        )
+        if first is not group:
+            self._twins.append(group)
+
+    # Ghosts
+
+    def _limit_ghosts(self) -> None:
+        # Half of them at once: each pass goes over the whole table.
+        if self.ghosts > self._ghosts_max:
+            self._forget_ghosts(self._ghosts_max // 2)
+
+    def _forget_ghosts(self, keep: int) -> None:
+        """Forgets the ghosts that were indexed first, down to ``keep`` of them."""
+        surplus = self.ghosts - keep
+        if surplus <= 0:
+            return
+        for key in [key for key, group in self._table.items() if not group.places][:surplus]:
+            self._table.pop(key).keys -= 1
+        self._twins = [group for group in self._twins if group.keys]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Keys with their places, and the key to go on after; empty at the end."""
+
+    rows: list[tuple[bytes, tuple[Place, ...]]]
+    next: bytes
+
+
+def _cut(rows: list[tuple[bytes, tuple[Place, ...]]], limit: int) -> Page:
+    """As many leading keys as have ``limit`` rows together, at least one."""
+    taken = total = 0
+    for _, places in rows:
+        if taken and total + len(places) > limit:
+            break
+        taken += 1
+        total += len(places)
+    more = taken < len(rows)
+    return Page(rows[:taken], rows[taken - 1][0] if more else b"")

@@ -1,0 +1,1 @@
+"""Durable state of the cluster: what only a master knows."""
