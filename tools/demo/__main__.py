@@ -15,7 +15,7 @@ from kvstore.errors import KVStoreError
 from kvstore_engine.tokenizer import load_tokenizer
 from rich.console import Console
 
-from tools.demo.cluster import Cluster, DemoError
+from tools.cluster import Cluster, ClusterError
 from tools.demo.measure import Answer, ask
 from tools.demo.prompt import OTHER_QUESTION, QUESTIONS, conversation, document, shared_tokens
 from tools.demo.results import Case, write
@@ -120,7 +120,7 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("interrupted; everything that was started is stopped", style="yellow")
         return 130
-    except (DemoError, KVStoreError, RuntimeError) as error:
+    except (ClusterError, KVStoreError, RuntimeError) as error:
         console.print(f"demo failed: {error}", style="red", markup=False)
         return 1
     finally:

@@ -17,8 +17,8 @@ START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0
 
 
-class DemoError(Exception):
-    """The demo cannot go on; the message says why and where the log is."""
+class ClusterError(Exception):
+    """The cluster cannot go on; the message says why and where the log is."""
 
 
 def free_port() -> int:
@@ -44,10 +44,10 @@ class Process:
             )
 
     def check_alive(self) -> None:
-        """Raises DemoError if the process has ended."""
+        """Raises ClusterError if the process has ended."""
         if (code := self._popen.poll()) is not None:
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-8:])
-            raise DemoError(f"{self.name} ended with exit code {code}; {self.log} ends:\n{tail}")
+            raise ClusterError(f"{self.name} ended with exit code {code}; {self.log} ends:\n{tail}")
 
     def kill(self) -> None:
         """kill -9 of the whole group."""
@@ -122,7 +122,7 @@ class Cluster:
         command = [sys.executable, "-m", "kvstore.cli.main", *arguments, "--master", self.master]
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
         if done.returncode:
-            raise DemoError(f"kvstore {' '.join(arguments)}: {done.stderr.strip() or done.stdout}")
+            raise ClusterError(f"kvstore {' '.join(arguments)}: {done.stderr.strip() or done.stdout}")
         return done.stdout
 
     def status(self) -> dict[str, int]:
@@ -140,7 +140,7 @@ class Cluster:
             if blocks.get("DRAM", 0) <= blocks.get("SSD", 0):
                 return
             time.sleep(0.2)
-        raise DemoError(f"blocks did not reach the SSD within 60 s; see {self.logs}/store.log")
+        raise ClusterError(f"blocks did not reach the SSD within 60 s; see {self.logs}/store.log")
 
     def empty_dram(self) -> None:
         """Evicts the DRAM tier; the blocks stay on SSD."""
@@ -152,8 +152,8 @@ class Cluster:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             process.check_alive()
-            with contextlib.suppress(httpx.TransportError, DemoError):
+            with contextlib.suppress(httpx.TransportError, ClusterError):
                 if ready():
                     return
             time.sleep(0.1)
-        raise DemoError(f"{process.name} was not ready within {START_TIMEOUT_S:.0f} s")
+        raise ClusterError(f"{process.name} was not ready within {START_TIMEOUT_S:.0f} s")

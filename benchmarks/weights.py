@@ -1,0 +1,47 @@
+"""Writes a model as a Hugging Face directory, so that a peer serves the same weights."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from kvstore_engine.loader.load import load_model
+from kvstore_engine.models.config import ModelConfig
+
+
+def export(model: str, directory: Path) -> Path:
+    """Exports the Llama ``model`` (dequantised to float32) to ``directory``, if it is not there."""
+    config_file = directory / "config.json"
+    if config_file.exists():
+        return directory
+    loaded = load_model(model)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: weight.to(torch.float32).clone() for name, weight in loaded.model.targets().items()
+    }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config_file.write_text(json.dumps(_config(loaded.config), indent=2) + "\n")
+    return directory
+
+
+def _config(config: ModelConfig) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_context,
+        "rope_theta": config.rope.theta,
+        "rms_norm_eps": config.rms_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "torch_dtype": "float32",
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids),
+    }
