@@ -1,0 +1,76 @@
+"""Makes an engine from its configuration: model, pages, cache spec, connector."""
+
+import importlib
+import uuid
+
+import msgspec
+import torch
+from kvstore.core.keys import namespace_root
+from kvstore.core.spec import CacheSpec
+from kvstore.errors import ConfigError
+
+from kvstore_engine.config import EngineConfig, KVTransferConfig
+from kvstore_engine.engine import Engine
+from kvstore_engine.kv_transfer import KVConnector
+from kvstore_engine.loader import LoadedModel, load_model
+from kvstore_engine.pages import allocate_pages, page_bytes
+
+DEFAULT_CONNECTOR_MODULE = "kvstore_connector.bundled"
+
+
+def build_engine(config: EngineConfig) -> Engine:
+    """An engine that still has to be started. ConfigError for what the user has to change."""
+    if config.torch_threads:
+        torch.set_num_threads(config.torch_threads)
+    loaded = load_model(config.model, config.dtype)
+    num_pages = count_pages(config, loaded)
+    spec = cache_spec(config, loaded)
+    connector = None
+    if config.kv_transfer_config is not None:
+        engine_id = config.kv_transfer_config.engine_id or config.engine_id or uuid.uuid4().hex
+        connector = make_connector(config.kv_transfer_config, spec, engine_id)
+    root = connector.root if connector else namespace_root(spec)
+    pages = allocate_pages(loaded.config, num_pages, config.page_tokens, loaded.model.dtype)
+    return Engine(config, loaded.model, loaded.config, pages, root, connector)
+
+
+def cache_spec(config: EngineConfig, loaded: LoadedModel) -> CacheSpec:
+    """Everything that makes this engine's KV usable by another one."""
+    return CacheSpec.gqa(
+        model=loaded.config.name,
+        weights_fingerprint=loaded.fingerprint,
+        kv_dtype=config.dtype,
+        num_layers=loaded.config.num_layers,
+        num_kv_heads=loaded.config.num_kv_heads,
+        head_dim=loaded.config.head_dim,
+        rope=loaded.config.rope.canonical,
+        block_tokens=config.page_tokens,
+    )
+
+
+def count_pages(config: EngineConfig, loaded: LoadedModel) -> int:
+    """``num_pages``, or how many fit in ``kv_memory``; ConfigError below two."""
+    if config.num_pages:
+        pages = config.num_pages
+    else:
+        one = page_bytes(loaded.config, config.page_tokens, loaded.model.dtype)
+        pages = config.kv_memory_bytes // one
+        if pages < 2:
+            raise ConfigError(
+                f"kv_memory {config.kv_memory} holds {pages} pages of {one} bytes; "
+                "two are the least, and one for each 64 tokens in use is better"
+            )
+    if pages < 2:
+        raise ConfigError(f"num_pages is {pages}; take at least 2")
+    return pages
+
+
+def make_connector(transfer: KVTransferConfig, spec: CacheSpec, engine_id: str) -> KVConnector:
+    """The connector that ``kv_transfer_config`` names, by its module's ``create_connector``."""
+    name = transfer.kv_connector_module_path or DEFAULT_CONNECTOR_MODULE
+    try:
+        create = importlib.import_module(name).create_connector
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"kv-transfer-config: no connector in module {name}: {error}") from None
+    connector: KVConnector = create(msgspec.to_builtins(transfer), spec, engine_id)
+    return connector

@@ -1,0 +1,174 @@
+"""The engine's side of the connector: which pages are lent, since when, and what is owed.
+
+Lent pages are pinned until the connector returns them, since it may be writing or reading them;
+the engine never waits for that. How many may be lent is limited, so that a connector that never
+returns any leaves enough pages for the longest request.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvstore_engine.block_manager import BlockManager
+from kvstore_engine.kv_transfer import BlockSource, KVConnector, LoadResult, SaveBlock
+from kvstore_engine.request import Request, RequestState
+
+NOTHING = BlockSource(blocks=0, end_reason="never_stored")
+TIMED_OUT = BlockSource(blocks=0, end_reason="timed_out")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Blocks ``first …`` of ``request`` on their way into ``pages``."""
+
+    request: Request
+    first: int
+    pages: list[int]
+    deadline: float
+    end_reason: str  # why the store's prefix ends behind these blocks
+
+
+class Transfers:
+    """Lends pages for loads and saves; without a connector everything is a miss."""
+
+    def __init__(
+        self,
+        connector: KVConnector | None,
+        blocks: BlockManager,
+        *,
+        lend_max: int,
+        match_timeout_s: float,
+        load_timeout_s: float,
+    ) -> None:
+        self.connector = connector
+        self.lend_max = lend_max
+        self.match_timeout_s = match_timeout_s
+        self.load_timeout_s = load_timeout_s
+        self.saves_skipped = 0
+        self.results_unexpected = 0
+        self._blocks = blocks
+        self._loads: dict[str, Load] = {}
+        self._overdue: dict[str, Load] = {}
+
+    @property
+    def num_overdue(self) -> int:
+        """Loads that nobody waits for any more and whose pages are still lent."""
+        return len(self._overdue)
+
+    def owes(self, request_id: str) -> bool:
+        """Whether a load under this id is still to be answered."""
+        return request_id in self._loads or request_id in self._overdue
+
+    def look_up(self, request: Request) -> None:
+        """Starts finding out what the store has of ``request``."""
+        request.asked_store_at = None
+        if self.connector is not None:
+            self.connector.on_request(request.request_id, request.cacheable_keys)
+
+    def match(self, request: Request, first: int, now: float) -> BlockSource | None:
+        """What could be loaded from block ``first`` on; None: ask in the next step."""
+        if self.connector is None:
+            return NOTHING
+        # A connector that is late with one load is not trusted with another.
+        if request.store_overdue or self._overdue:
+            return TIMED_OUT
+        source = self.connector.match(request.request_id, first)
+        if source is not None:
+            return source
+        if request.asked_store_at is None:
+            request.asked_store_at = now
+        return TIMED_OUT if now - request.asked_store_at >= self.match_timeout_s else None
+
+    def loadable(self, blocks: int) -> int:
+        """How many of ``blocks`` may be loaded now."""
+        return max(0, min(blocks, self.lend_max - self._blocks.num_pinned))
+
+    def start_load(
+        self, request: Request, first: int, blocks: int, reason: str, now: float
+    ) -> None:
+        """Fills ``blocks`` pages of ``request`` from block ``first`` on."""
+        assert self.connector is not None
+        pages = request.pages[first : first + blocks]
+        self._blocks.pin(pages)
+        deadline = now + self.load_timeout_s
+        self._loads[request.request_id] = Load(request, first, pages, deadline, reason)
+        self.connector.start_load(request.request_id, first, pages)
+
+    def poll(self) -> list[tuple[Load, LoadResult]]:
+        """Takes back what the connector returned; gives the loads that requests wait for."""
+        if self.connector is None:
+            return []
+        events = self.connector.poll()
+        self._blocks.unpin(events.saved_pages)
+        ended = []
+        for result in events.loads:
+            load = self._loads.pop(result.request_id, None)
+            if load is not None and load.request.state is RequestState.LOADING:
+                ended.append((load, result))
+            load = load or self._overdue.pop(result.request_id, None)
+            if load is None:
+                self.results_unexpected += 1  # answered twice: the pages are long back
+                continue
+            self._blocks.unpin(load.pages)
+        return ended
+
+    def expire(self, now: float) -> list[Load]:
+        """Loads whose deadline has passed now; their pages stay lent."""
+        late = [load for load in self._loads.values() if load.deadline <= now]
+        for load in late:
+            self._overdue[load.request.request_id] = self._loads.pop(load.request.request_id)
+            load.request.store_overdue = True
+        return [load for load in late if load.request.state is RequestState.LOADING]
+
+    def next_deadline(self) -> float | None:
+        """When ``expire`` has to be called."""
+        return min((load.deadline for load in self._loads.values()), default=None)
+
+    def save(self, request: Request) -> None:
+        """Stores the blocks that ``request`` computed, in order, as far as pages may be lent.
+
+        The others are tried again with the next call, as long as the request has its pages.
+        """
+        if self.connector is None or not request.unsaved:
+            return
+        room = max(0, self.lend_max // 2 - self._blocks.num_pinned)
+        now, request.unsaved = request.unsaved[:room], request.unsaved[room:]
+        for run in _runs(now):
+            blocks = [SaveBlock(request.keys[i], request.pages[i]) for i in run]
+            parent = request.keys[run[0] - 1] if run[0] else None
+            self._blocks.pin(block.page for block in blocks)
+            self.connector.save(request.request_id, parent, blocks)
+
+    def give_up_saves(self, request: Request) -> None:
+        """``request`` loses its pages: what could not be saved until now never is."""
+        if self.connector is not None:
+            self.saves_skipped += len(request.unsaved)
+        request.unsaved = []
+
+    def forget(self, request: Request) -> None:
+        """``request`` has ended; what it lent comes back through ``poll``."""
+        if self.connector is not None:
+            self.connector.request_finished(request.request_id)
+
+    def report_pages(self) -> None:
+        """Tells which blocks came into and left HBM since the last call."""
+        stored, removed = self._blocks.drain_events()
+        if self.connector is not None and (stored or removed):
+            self.connector.pages_changed(stored, removed)
+
+    def register_pages(self, pages: torch.Tensor) -> None:
+        """Gives the page storage to the connector."""
+        if self.connector is not None:
+            self.connector.register_pages(pages)
+
+
+def _runs(indices: Sequence[int]) -> list[list[int]]:
+    """Ascending numbers cut where one is left out."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][-1] == index - 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return runs
