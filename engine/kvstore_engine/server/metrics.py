@@ -16,6 +16,10 @@ PREFIX = "kvstore_engine_"
 TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 GAP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 TIERS = ("hbm", "dram", "ssd", "remote")
+# The engine counts these too; the server's counts are those of the responses, and are the metrics.
+COUNTED_HERE = frozenset(
+    {"prompt_tokens", "generated_tokens", "cached_tokens", "prefix_end", "finished"}
+)
 
 
 class Metrics:
@@ -65,8 +69,7 @@ class Metrics:
             self._cached.labels(tier)
         for reason in ("stop", "length", "abort", "error"):
             self._requests.labels(reason)
-        own = {metric.name for metric in registry.collect()}
-        registry.register(EngineCollector(stats, own))
+        registry.register(EngineCollector(stats))
 
     def responded(self, route: str, status: int) -> None:
         """An HTTP response has ended."""
@@ -102,10 +105,8 @@ class Metrics:
 class EngineCollector(Collector):
     """Turns the engine's latest statistics into metrics at the moment they are asked for."""
 
-    def __init__(self, stats: Callable[[], EngineStats | None], taken: set[str]) -> None:
-        """``taken``: names that the server counts itself."""
+    def __init__(self, stats: Callable[[], EngineStats | None]) -> None:
         self._stats = stats
-        self._taken = taken
 
     def collect(self) -> Iterator[Metric]:
         """All families; gauges are 0 while the engine has said nothing."""
@@ -119,16 +120,10 @@ class EngineCollector(Collector):
         }
         for name, (text, gauge) in gauges.items():
             yield GaugeMetricFamily(PREFIX + name, text, gauge)
-        for name, count in sorted(stats.counters.items()):
-            if (full := _counter_name(name)) not in self._taken:
-                yield CounterMetricFamily(full, "Counted by the engine", count)
-        for name, values in sorted(stats.labelled.items()):
-            if (full := _counter_name(name)) not in self._taken:
-                family = CounterMetricFamily(full, "Counted by the engine", labels=["kind"])
-                for label, count in sorted(values.items()):
-                    family.add_metric([label], count)
-                yield family
-
-
-def _counter_name(name: str) -> str:
-    return PREFIX + name.removeprefix(PREFIX).removesuffix("_total")
+        for name in sorted(stats.counters.keys() - COUNTED_HERE):
+            yield CounterMetricFamily(PREFIX + name, "Counted by the engine", stats.counters[name])
+        for name in sorted(stats.labelled.keys() - COUNTED_HERE):
+            family = CounterMetricFamily(PREFIX + name, "Counted by the engine", labels=["kind"])
+            for kind, count in sorted(stats.labelled[name].items()):
+                family.add_metric([kind], count)
+            yield family
