@@ -1,0 +1,66 @@
+"""The command kvstore-node."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+
+from kvstore_proto import node_pb2, node_pb2_grpc
+
+from kvstore import daemon
+from kvstore.faultpoint import enable_faultpoints
+from kvstore.node.metrics import node_registry
+from kvstore.node.node import Node
+from kvstore.node.service import NodeService
+from kvstore.node.settings import NodeConfig
+
+log = logging.getLogger(__name__)
+
+PROG = "kvstore-node"
+SERVICE_NAME = node_pb2.DESCRIPTOR.services_by_name["Node"].full_name
+STOP_GRACE_S = 0.5
+
+
+async def serve(config: NodeConfig) -> None:
+    """Runs a node until SIGTERM or SIGINT."""
+    daemon.setup_logging(config.log_level)
+    stop = daemon.stop_event()
+    daemon.check_loopback(config.address, insecure=config.insecure)
+    async with contextlib.AsyncExitStack() as running:
+        node = Node(config)
+        running.push_async_callback(node.close)
+        if config.metrics_listen:
+            metrics = daemon.MetricsServer(
+                node_registry(node), config.metrics_listen, insecure=config.insecure
+            )
+            running.callback(metrics.stop)
+            log.info("metrics on http://%s/metrics", metrics.address)
+        server = await daemon.start_grpc_server(
+            config.address,
+            lambda server: node_pb2_grpc.add_NodeServicer_to_server(NodeService(node), server),
+            [SERVICE_NAME],
+            insecure=config.insecure,
+        )
+        running.push_async_callback(server.stop, STOP_GRACE_S)
+        node.address = server.address
+        node.link.start()
+        daemon.announce(f"{PROG} ready: {server.address}")
+        await stop.wait()
+        log.info("stopping")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    config = daemon.load_config_or_exit(
+        NodeConfig,
+        prog=PROG,
+        description="Owns one host's DRAM pool and SSD tier of the KV cache.",
+        env_prefix="KVSTORE_NODE_",
+        argv=argv,
+    )
+    enable_faultpoints(os.environ)
+    daemon.run_daemon(PROG, serve(config))
+
+
+if __name__ == "__main__":
+    main()

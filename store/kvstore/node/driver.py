@@ -1,0 +1,85 @@
+"""Drives the pure core: gives it the time, and carries out the effects of its calls."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from kvstore.core.effects import BlockEvent, DropSsd, Effects, ReadSsd, Reply, WriteSsd
+from kvstore.core.node_core import NodeCore
+from kvstore.core.types import IoOutcome
+from kvstore.node.ssd import SsdTier
+
+log = logging.getLogger(__name__)
+
+ReplySink = Callable[[Reply], None]
+EventSink = Callable[[Sequence[BlockEvent]], None]
+
+
+class Driver:
+    """Owns the core on the event loop; every call's effects go through ``apply`` at once."""
+
+    def __init__(self, core: NodeCore, events: EventSink) -> None:
+        self.core = core
+        self.ssd: SsdTier | None = None
+        self.sinks: dict[int, ReplySink] = {}  # by session id; without one, answers are dropped
+        self._events = events
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self.now = self._loop.time  # the monotonic clock, as asyncio's timers use it
+
+    def apply(self, effects: Effects) -> None:
+        """Sends the answers, starts the disk requests, passes the events on."""
+        for reply in effects.replies:
+            if (sink := self.sinks.get(reply.session_id)) is not None:
+                sink(reply)
+        if self.ssd is not None:
+            if effects.reads:
+                self.ssd.submit_reads(effects.reads)
+            # Removals first: a key that is stored anew in the same call must end up stored.
+            if effects.drops:
+                self.ssd.submit_changes(effects.drops)
+            if effects.writes:
+                self.ssd.submit_changes(effects.writes)
+        if effects.events:
+            self._events(effects.events)
+        self._set_timer()
+
+    def close(self) -> None:
+        """No more ticks."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _set_timer(self) -> None:
+        due = self.core.next_deadline()
+        if due is None or (self._timer is not None and self._timer.when() <= due):
+            return  # an early tick is harmless, and sets the timer anew
+        self.close()
+        self._timer = self._loop.call_at(due, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self.apply(self.core.tick(self.now()))
+
+    # SsdReports
+
+    def reads_done(self, done: Sequence[tuple[ReadSsd, IoOutcome]]) -> None:
+        """Reads ended: what waits for them is answered."""
+        now = self.now()
+        effects = Effects()
+        for op, outcome in done:
+            effects.extend(self.core.read_done(op, outcome, now))
+        self.apply(effects)
+
+    def writes_done(self, done: Sequence[WriteSsd], ok: bool) -> None:
+        """Writes of one group ended."""
+        self.apply(self.core.writes_done(done, ok, self.now()))
+
+    def drops_done(self, done: Sequence[DropSsd]) -> None:
+        """Removals are durable: their space is free."""
+        now = self.now()
+        effects = Effects()
+        for op in done:
+            if op.row >= 0:
+                effects.extend(self.core.drop_done(op, now))
+        self.apply(effects)

@@ -1,0 +1,44 @@
+"""Blocks in the engines' own pages, as the engines report them: kept for the master only."""
+
+from kvstore.core.keys import split_keys
+
+KEYS_MAX = 1 << 21  # all engines of this node; what comes beyond it is not reported
+
+
+class HbmInventory:
+    """Keys by namespace root and engine id."""
+
+    def __init__(self, keys_max: int = KEYS_MAX) -> None:
+        self._keys: dict[tuple[bytes, str], set[bytes]] = {}
+        self._room = keys_max
+        self.refused = 0
+
+    def change(self, root: bytes, engine_id: str, stored: bytes, removed: bytes) -> None:
+        """Removed keys go, then stored ones come."""
+        held = self._keys.setdefault((root, engine_id), set())
+        before = len(held)
+        held.difference_update(split_keys(removed))
+        self._room += before - len(held)
+        fresh = set(split_keys(stored)) - held
+        if len(fresh) > self._room:
+            self.refused += len(fresh)
+            return
+        held |= fresh
+        self._room -= len(fresh)
+
+    def clear(self, root: bytes, engine_id: str) -> None:
+        """The engine holds nothing of this namespace."""
+        self._room += len(self._keys.pop((root, engine_id), ()))
+
+    def roots_of(self, engine_id: str) -> list[bytes]:
+        """Namespaces of which the engine holds blocks."""
+        return [root for root, engine in self._keys if engine == engine_id]
+
+    def inventory(self, chunk_keys: int) -> list[tuple[bytes, str, bytes]]:
+        """(root, engine id, keys) of everything, at most ``chunk_keys`` keys each."""
+        return [
+            (root, engine_id, b"".join(keys[first : first + chunk_keys]))
+            for (root, engine_id), held in self._keys.items()
+            for keys in (list(held),)
+            for first in range(0, len(keys), chunk_keys)
+        ]

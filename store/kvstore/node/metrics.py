@@ -1,0 +1,70 @@
+"""What the node shows to Prometheus; read from the core when asked, nothing is kept twice."""
+
+import asyncio
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvstore.node.node import Node
+
+TIMEOUT_S = 2.0
+
+
+class NodeCollector(Collector):
+    """The node's gauges and counters, sampled on the node's event loop for a scraping thread."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._loop = asyncio.get_running_loop()
+
+    def collect(self) -> list[Metric]:
+        """One sample of everything; TimeoutError if the node is too busy to give it."""
+        return asyncio.run_coroutine_threadsafe(self._sample(), self._loop).result(TIMEOUT_S)
+
+    async def _sample(self) -> list[Metric]:
+        node = self._node
+        gauges = (
+            ("sessions", "Open client sessions", node.clients.open_count),
+            ("pinned_blocks", "Blocks under at least one lease", node.core.pinned_blocks()),
+            ("master_connected", "Whether the master answers", int(node.link.connected)),
+            ("hbm_keys_refused", "HBM keys beyond the limit", node.hbm.refused),
+            ("ssd_failed", "Whether the SSD refuses writes", int(self._ssd_failed())),
+        )
+        return [
+            self._space(),
+            self._blocks(),
+            *(GaugeMetricFamily(f"kvstore_node_{n}", text, value=v) for n, text, v in gauges),
+            *(
+                CounterMetricFamily(f"kvstore_node_{name}", f"Events: {name}", value=count)
+                for name, count in node.core.counters.items()
+            ),
+        ]
+
+    def _blocks(self) -> Metric:
+        blocks = GaugeMetricFamily("kvstore_node_blocks", "Readable blocks", labels=["tier"])
+        for usage in self._node.core.usage():
+            blocks.add_metric([usage.tier.name.lower()], usage.blocks)
+        return blocks
+
+    def _ssd_failed(self) -> bool:
+        return self._node.driver.ssd is not None and bool(self._node.driver.ssd.failed)
+
+    def _space(self) -> Metric:
+        space = GaugeMetricFamily(
+            "kvstore_node_space_bytes",
+            "Space by state; free + live + pending + quarantined = capacity",
+            labels=["tier", "state"],
+        )
+        for usage in self._node.core.usage():
+            tier = usage.tier.name.lower()
+            for state in ("capacity", "free", "live", "pending", "quarantined"):
+                space.add_metric([tier, state], getattr(usage, f"{state}_bytes"))
+        return space
+
+
+def node_registry(node: Node) -> CollectorRegistry:
+    """A registry of this node alone."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(NodeCollector(node))
+    return registry

@@ -1,0 +1,210 @@
+"""The node as a whole: its tiers, its core, its clients, and its link to the master."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+from collections.abc import Sequence
+
+from google.protobuf.message import DecodeError
+from kvstore_proto import master_pb2, node_pb2
+
+import kvstore
+from kvstore.core.directory import DirectoryWriter, entries_for
+from kvstore.core.effects import BlockEvent, DropSsd
+from kvstore.core.node_core import NodeCore
+from kvstore.core.spec import SLOT_ALIGN_BYTES, CacheSpec
+from kvstore.core.ssd_record import decode_many
+from kvstore.core.types import CoreConfig, Namespace, Tier
+from kvstore.durable import write_durably
+from kvstore.errors import ConfigError, InvalidArgumentError, KVStoreError, NotFoundError
+from kvstore.node import translate
+from kvstore.node.clients import Clients
+from kvstore.node.dir_lock import DirectoryLock
+from kvstore.node.driver import Driver
+from kvstore.node.hbm import HbmInventory
+from kvstore.node.master_link import MasterLink
+from kvstore.node.pool import SharedFile, remove_stale_files
+from kvstore.node.settings import NodeConfig
+from kvstore.node.ssd import SsdTier
+from kvstore.node.ssd_file import SsdFile
+from kvstore.node.ssd_index import SsdIndex
+
+log = logging.getLogger(__name__)
+
+ID_NAME = "node_id"
+DEFAULT_TENANT = "default"
+DRAIN_TIMEOUT_S = 8.0
+
+
+def page_multiple(nbytes: int) -> int:
+    """``nbytes`` rounded down to whole pages."""
+    return nbytes // SLOT_ALIGN_BYTES * SLOT_ALIGN_BYTES
+
+
+def persistent_node_id(config: NodeConfig) -> str:
+    """The configured id, or the one kept in the data directory, or a new one, kept from now on."""
+    if config.node_id:
+        return config.node_id
+    path = config.data_dir / ID_NAME
+    try:
+        kept = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        kept = f"node-{random.SystemRandom().getrandbits(48):012x}"
+        write_durably(path, kept.encode() + b"\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"node id file {path}: {error}") from None
+    # Goes through the checks of a configured id.
+    return NodeConfig(node_id=kept).node_id
+
+
+class Node:
+    """Everything of one kvstore-node but its servers; made, used and closed on one event loop."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        """Takes the directories, makes the pool, and finds the blocks on SSD again.
+
+        Raises ConfigError where a directory is another node's, or a tier has no room.
+        """
+        self.config = config
+        self.instance = random.SystemRandom().getrandbits(63) | 1
+        self.hbm = HbmInventory()
+        self.address = config.address
+        with contextlib.ExitStack() as resources:
+            resources.callback(DirectoryLock(config.data_dir).release)
+            self.node_id = persistent_node_id(config)
+            self._open_pool(resources)
+            core_config = CoreConfig(
+                dram_bytes=self.pool.size_bytes,
+                ssd_bytes=page_multiple(config.ssd),
+                sessions_max=4 * config.sessions_max,
+            )
+            loop = asyncio.get_running_loop()
+            self.core = NodeCore(core_config, self.directory, loop.time())
+            self.driver = Driver(self.core, self._block_events)
+            resources.callback(self.driver.close)
+            self.clients = Clients(
+                self.driver, quarantine_s=config.quarantine_s, sessions_max=config.sessions_max
+            )
+            resources.callback(self.clients.close)
+            self.link = MasterLink(config.master, self)
+            if config.ssd:
+                self._open_ssd(resources)
+            self._resources = resources.pop_all()
+
+    def _open_pool(self, resources: contextlib.ExitStack) -> None:
+        config = self.config
+        if not config.pool_dir.is_dir():
+            raise ConfigError(f"pool_dir {config.pool_dir} is not a directory")
+        folder = config.pool_dir / f"kvstore-{os.getuid()}-{self.node_id}"
+        resources.callback(DirectoryLock(folder).release, remove=True)
+        if stale := remove_stale_files(folder):
+            log.info("removed %d pool files of instances that were killed", stale)
+        pool_bytes = page_multiple(config.dram)
+        entries = entries_for(pool_bytes + config.ssd)
+        directory_bytes = DirectoryWriter.size_bytes(entries, pool_bytes)
+        name = f"{self.instance:016x}"
+        self.directory_file = SharedFile(folder / f"directory-{name}", directory_bytes)
+        resources.callback(self.directory_file.close)
+        self.pool = SharedFile(folder / f"pool-{name}", pool_bytes)
+        resources.callback(self.pool.close)
+        self.directory = DirectoryWriter(
+            memoryview(self.directory_file.map),
+            entries=entries,
+            pool_bytes=pool_bytes,
+            instance=self.instance,
+        )
+
+    def _open_ssd(self, resources: contextlib.ExitStack) -> None:
+        folder = self.config.ssd_path
+        if folder.absolute() != self.config.data_dir.absolute():
+            resources.callback(DirectoryLock(folder).release)
+        capacity = page_multiple(self.config.ssd)
+        index = SsdIndex(folder, capacity, self.node_id)
+        file = SsdFile(folder, capacity)
+        memory = memoryview(self.pool.map)
+        file.probe(memory)
+        self.driver.ssd = SsdTier(file, index, memory, self.driver)
+        resources.callback(self.driver.ssd.close)
+        self._restore(index)
+
+    def _restore(self, index: SsdIndex) -> None:
+        """Takes over what an earlier instance left on SSD."""
+        self._known_roots = index.namespaces()
+        for root, encoded in self._known_roots.items():
+            try:
+                report = master_pb2.NamespaceReport.FromString(encoded)
+                self.core.open_namespace(translate.spec_from_message(report.spec), report.tenant)
+            except (DecodeError, KVStoreError) as error:
+                log.warning("namespace %s on SSD is not used: %s", root.hex()[:16], error)
+        keys, values = index.entries()
+        records, usable = decode_many(keys, values)
+        broken = [DropSsd(-1, key, 0) for key, ok in zip(keys, usable, strict=True) if not ok]
+        effects = self.core.restore(records, self.driver.now())
+        effects.drops += broken
+        if effects.drops:
+            log.warning("%d records on SSD cannot be used and are removed", len(effects.drops))
+        self.driver.apply(effects)
+        log.info("found %d blocks on SSD", len(records))
+
+    async def close(self) -> None:
+        """Finishes SSD writes, tells readers of the directory, and removes the pool's files."""
+        await self.link.stop()
+        if self.driver.ssd is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                    await self.driver.ssd.drain()
+        self.directory.close_directory()
+        self._resources.close()
+
+    def welcome(self) -> node_pb2.Welcome:
+        """What a client needs to know of this node."""
+        return node_pb2.Welcome(
+            node_id=self.node_id,
+            instance=self.instance,
+            pool_path=str(self.pool.path),
+            pool_bytes=self.pool.size_bytes,
+            directory_path=str(self.directory_file.path),
+            directory_bytes=self.directory_file.size_bytes,
+            cluster_epoch=self.link.cluster_epoch,
+            version=kvstore.__version__,
+            has_master=self.link.connected,
+        )
+
+    def open_namespace(self, spec: CacheSpec, tenant: str) -> Namespace:
+        """The namespace of a spec; durable before anything is stored in it."""
+        if (tenant or DEFAULT_TENANT) != DEFAULT_TENANT:
+            raise InvalidArgumentError(
+                f"tenant {tenant!r}; with security off the one tenant is {DEFAULT_TENANT!r}"
+            )
+        namespace = self.core.open_namespace(spec, DEFAULT_TENANT)
+        report = translate.namespace_to_message(namespace)
+        if self.driver.ssd is not None and namespace.root not in self._known_roots:
+            encoded = report.SerializeToString()
+            self.driver.ssd.index.add_namespace(namespace.root, encoded)
+            self._known_roots[namespace.root] = encoded
+        self.link.namespace_opened(report)
+        return namespace
+
+    def hbm_events(self, engine_id: str, events: node_pb2.HbmEvents) -> None:
+        """Blocks came into or left an engine's own pages."""
+        root = next((n.root for n in self.core.namespaces() if n.id == events.namespace_id), None)
+        if root is None:
+            raise NotFoundError(f"namespace {events.namespace_id} is not open")
+        if events.cleared:
+            self.hbm.clear(root, engine_id)
+        self.hbm.change(root, engine_id, events.stored, events.removed)
+        self.link.changed(
+            root, Tier.HBM, engine_id, events.stored, events.removed, cleared=events.cleared
+        )
+
+    def hbm_engine_gone(self, engine_id: str) -> None:
+        """An engine's session ended: what it had in its pages is not to be counted on."""
+        for root in self.hbm.roots_of(engine_id):
+            self.hbm.clear(root, engine_id)
+            self.link.changed(root, Tier.HBM, engine_id, b"", b"", cleared=True)
+
+    def _block_events(self, events: Sequence[BlockEvent]) -> None:
+        for root, tier, keys, stored in events:
+            self.link.changed(root, tier, "", keys if stored else b"", b"" if stored else keys)

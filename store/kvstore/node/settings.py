@@ -1,0 +1,63 @@
+"""What a node is told at its start."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvstore.config import option
+from kvstore.core.spec import SLOT_ALIGN_BYTES
+from kvstore.errors import ConfigError
+
+_NODE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+
+
+def default_data_dir() -> Path:
+    """Where a node keeps its state if it is not told."""
+    return Path.home() / ".local" / "share" / "kvstore" / "node"
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """Settings of kvstore-node; the same names in TOML, as KVSTORE_NODE_NAME, and as flags."""
+
+    data_dir: Path = option(  # noqa: RUF009
+        default_data_dir(), text="directory of this node alone: its id, its socket, its SSD tier"
+    )
+    node_id: str = option("", text="stable name; empty: a random one, kept in data_dir")
+    listen: str = option("", text="unix:PATH or HOST:PORT; empty: unix:DATA_DIR/node.sock")
+    pool_dir: Path = option(  # noqa: RUF009
+        Path("/dev/shm"), text="file system in memory for the DRAM tier"
+    )
+    dram: int = option(1 << 30, text="size of the DRAM tier, like 8GiB", size=True)
+    ssd: int = option(0, text="size of the SSD tier, like 64GiB; 0: none", size=True)
+    ssd_dir: str = option("", text="directory of the SSD tier; empty: DATA_DIR/ssd")
+    master: str = option("", text="HOST:PORT of the master; empty: work alone")
+    metrics_listen: str = option("127.0.0.1:9401", text="HOST:PORT for Prometheus; empty: none")
+    quarantine_s: float = option(
+        30.0, text="how long slots rest whose client was lost and cannot be seen, in seconds"
+    )
+    sessions_max: int = option(1024, text="client sessions at a time")
+    insecure: bool = option(False, text="allow an address that others on the network reach")
+    log_level: str = option("info", text="debug, info, warning or error")
+
+    def __post_init__(self) -> None:
+        if self.node_id and not _NODE_ID.fullmatch(self.node_id):
+            raise ConfigError(f"node_id {self.node_id!r}; take 1 to 128 letters, digits and ._:-")
+        if self.dram < SLOT_ALIGN_BYTES:
+            raise ConfigError(f"dram is {self.dram} bytes; a DRAM tier has at least 4KiB")
+        if 0 < self.ssd < SLOT_ALIGN_BYTES:
+            raise ConfigError(f"ssd is {self.ssd} bytes; take 0 or at least 4KiB")
+        if self.quarantine_s < 0:
+            raise ConfigError(f"quarantine_s is {self.quarantine_s}; take 0 or more")
+        if self.sessions_max < 1:
+            raise ConfigError(f"sessions_max is {self.sessions_max}; take 1 or more")
+
+    @property
+    def address(self) -> str:
+        """Where the Node service is to listen."""
+        return self.listen or f"unix:{self.data_dir.absolute()}/node.sock"
+
+    @property
+    def ssd_path(self) -> Path:
+        """Directory of the SSD tier."""
+        return Path(self.ssd_dir) if self.ssd_dir else self.data_dir / "ssd"
