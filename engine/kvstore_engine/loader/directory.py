@@ -1,7 +1,6 @@
 """Models in Hugging Face directories: config.json and safetensors, in one file or several."""
 
 from collections.abc import Iterator, Mapping
-from json import JSONDecodeError, loads
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kvstore_engine.loader.fingerprint import fingerprint_files
+from kvstore_engine.model_files import end_tokens, read_json
 from kvstore_engine.model_source import ModelLoadError
 from kvstore_engine.models.base import Decoder
 from kvstore_engine.models.config import ModelConfig, RopeConfig
@@ -62,28 +62,6 @@ def directory_config(path: Path, name: str) -> ModelConfig:
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ModelLoadError(f"{path / 'config.json'} is not usable: {error!r}") from error
-
-
-def end_tokens(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Token ids that end a text, of the model's and of the generation's configuration."""
-    generation_path = path / "generation_config.json"
-    generation = read_json(generation_path) if generation_path.is_file() else {}
-    ids: list[int] = []
-    for source in (config, generation):
-        value = source.get("eos_token_id")
-        ids += value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(dict.fromkeys(ids))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ModelLoadError when it is none."""
-    try:
-        value = loads(path.read_text(encoding="utf-8"))
-    except (OSError, JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelLoadError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{path} holds no JSON object")
-    return value
 
 
 def _architecture(raw: Mapping[str, Any], path: Path) -> str:
