@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Sequence
 
 import grpc
@@ -21,6 +22,8 @@ from kvstore.master.cluster import Cluster
 from kvstore.master.config import MasterConfig
 from kvstore.master.service import MasterService
 from kvstore.master.state.lmdb import LmdbState
+
+log = logging.getLogger(__name__)
 
 SERVICE_NAMES = ("kvstore.v1.Master", "kvstore.v1.Admin")
 DESCRIPTION = "Index of all nodes' blocks, cluster state and admin service of kvstore."
@@ -42,6 +45,7 @@ async def serve(config: MasterConfig) -> None:
                     cluster.metrics.registry, config.metrics_listen, insecure=config.insecure
                 )
                 stack.callback(metrics.stop)
+                log.info("metrics on http://%s/metrics", metrics.address)
             server = await start_grpc_server(
                 config.listen, register, SERVICE_NAMES, insecure=config.insecure
             )
