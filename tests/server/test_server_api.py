@@ -286,7 +286,7 @@ async def test_reset_prefix_cache(api: Server) -> None:
 async def test_I7_too_many_open_completions_are_a_429(
     api: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvstore_engine.server.generation.OPEN_REQUESTS_MAX", 2)
+    monkeypatch.setattr(api.service, "open_max", 2)
     response = await api.post("/v1/completions", prompt="a", n=3)
     assert response.status_code == 429
     assert response.headers["retry-after"] == "1"

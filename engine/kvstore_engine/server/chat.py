@@ -91,7 +91,7 @@ async def chat(service: Service, request: Request) -> Response:
         cache_salt=body.cache_salt,
     )
     generation = Generation(service.engine, service.tokenizer, service.metrics, job)
-    generation.start(arrival_s)
+    generation.start(arrival_s, service.open_max)
     form = ChatFormat(service.tokenizer, body.return_token_ids, body.logprobs)
     include_usage = body.stream_options.include_usage
     answer = Answer(generation, form, ready.model, body.return_token_ids, include_usage)

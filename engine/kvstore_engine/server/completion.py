@@ -84,7 +84,7 @@ async def complete(service: Service, request: Request) -> Response:
         cache_salt=body.cache_salt,
     )
     generation = Generation(service.engine, service.tokenizer, service.metrics, job)
-    generation.start(arrival_s)
+    generation.start(arrival_s, service.open_max)
     form = CompletionFormat(
         service.tokenizer, body.return_token_ids, body.logprobs is not None, offsets={}
     )

@@ -34,7 +34,7 @@ class ServerConfig:
     page_tokens: int = option(64, text="tokens of a KV page, and of a block in the store")
     max_batch_tokens: int = option(512, text="token budget of one step")
     max_running: int = option(64, text="requests in the running batch")
-    max_waiting: int = option(4096, text="requests that may wait for it")
+    max_waiting: int = option(4096, text="completions that may be open at once; more get a 429")
     max_context: int = option(0, text="tokens of prompt and answer; 0: what the model was made for")
     torch_threads: int = option(0, text="threads of torch; 0: its own choice")
     seed: int = option(0, text="seed of requests that bring none")

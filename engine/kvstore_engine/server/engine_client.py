@@ -38,6 +38,7 @@ Sink = Callable[[RequestOutput], None]
 ENGINE_COMMAND = (sys.executable, "-m", "kvstore_engine.engine_process")
 LAST_WORDS_S = 1.0  # what an ended process still has on the way is waited for this long
 STOP_TIMEOUT_S = 5.0
+STDERR = 2  # stdout is for the line that says ready
 
 
 class EngineClient:
@@ -80,7 +81,7 @@ class EngineClient:
         pull.bind(outputs)
         # A process group of its own: Ctrl-C in a terminal is for the server, which then ends it.
         self._process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=asyncio.subprocess.PIPE, stdout=sys.stderr, process_group=0
+            *self._command, stdin=asyncio.subprocess.PIPE, stdout=STDERR, process_group=0
         )
         launch = wire.encode_launch(wire.Launch(config, requests, outputs))
         assert self._process.stdin is not None

@@ -23,7 +23,6 @@ from kvstore_engine.server.metrics import TIERS, Metrics
 from kvstore_engine.server.stop import StopStrings
 from kvstore_engine.tokenizer import DetokenizeStream, Tokenizer
 
-OPEN_REQUESTS_MAX = 4096
 SEEDS = 2**63
 
 
@@ -140,14 +139,15 @@ class Generation:
         """Number of choices in the answer."""
         return len(self.job.prompts) * self.job.n
 
-    def start(self, arrival_s: float) -> None:
+    def start(self, arrival_s: float, open_max: int) -> None:
         """Adds every sequence to the engine; ``arrival_s`` on the monotonic clock.
 
-        Raises ApiError with 429 when too much is open, and with 503 without an engine.
+        Raises ApiError with 429 where more than ``open_max`` would be open, and with 503 without
+        an engine.
         """
         self._start_s = arrival_s
-        if self.engine.open_requests + self.choices > OPEN_REQUESTS_MAX:
-            raise ApiError(429, f"more than {OPEN_REQUESTS_MAX} completions are open; try later")
+        if self.engine.open_requests + self.choices > open_max:
+            raise ApiError(429, f"{open_max} completions may be open at once; try again later")
         base = uuid.uuid4().hex
         try:
             for index in range(self.choices):

@@ -75,7 +75,9 @@ async def serve(config: ServerConfig, command: Sequence[str] = ENGINE_COMMAND) -
             await engine.start(engine_config)
             tokenizer = await asyncio.to_thread(load_tokenizer, config.model)
             metrics = Metrics(lambda: engine.stats)
-            service = Service(engine, tokenizer, metrics, names=(config.model,))
+            service = Service(
+                engine, tokenizer, metrics, names=(config.model,), open_max=config.max_waiting
+            )
             await run_http(service, listener, config, stop)
         finally:
             await engine.close()

@@ -23,6 +23,7 @@ class Service:
     tokenizer: Tokenizer
     metrics: Metrics
     names: tuple[str, ...] = ()  # other names that requests may give the model
+    open_max: int = 4096  # completions at once; the engine never sees more
     created: int = field(default_factory=lambda: int(time.time()))
 
     def ready(self, model: str | None = None) -> EngineReady:
@@ -71,7 +72,7 @@ class Service:
         """
         if not prompt_tokens:
             raise bad_request("the prompt is empty; give at least one token", param="prompt")
-        room = self._context() - prompt_tokens
+        room = self.ready().max_context - prompt_tokens
         if room < 1 or (max_tokens or 0) > room:
             raise self._too_long(prompt_tokens, max_tokens)
         wanted = max_tokens or min(room, default or room)
@@ -92,12 +93,8 @@ class Service:
             logprobs=logprobs,
         )
 
-    def _context(self) -> int:
-        ready = self.ready()
-        return min(ready.max_context, ready.num_pages * ready.page_tokens)
-
     def _too_long(self, prompt_tokens: int, max_tokens: int | None) -> ApiError:
-        limit = self._context()
+        limit = self.ready().max_context
         what = f"the prompt has {prompt_tokens} tokens"
         if prompt_tokens < limit:
             what += f" and max_tokens asks for {max_tokens} more"
