@@ -9,8 +9,8 @@ from kvstore.core.types import EndReason
 class Ghosts:
     """Remembers the reason for the newest ``entries`` removed keys, by a prefix of 8 bytes.
 
-    A prefix is enough to explain a miss, and too little to serve anything. Sixteen bytes an entry
-    and no object: a ring of prefixes, found through a table of places.
+    A prefix is enough to explain a miss, and too little to serve anything. Nine bytes an entry
+    and no object: a table that the prefix itself leads into.
     """
 
     def __init__(self, entries: int) -> None:
@@ -42,8 +42,9 @@ class Ghosts:
         if not self._size:
             return np.zeros(len(prefixes), dtype=np.bool_)
         places = self._places(prefixes)
-        same: npt.NDArray[np.bool_] = self._prefixes[places] == prefixes
-        return same & (self._reasons[places] == EndReason.EVICTED)
+        evicted: npt.NDArray[np.bool_] = self._reasons[places] == EndReason.EVICTED
+        evicted &= self._prefixes[places] == prefixes
+        return evicted
 
     def _places(self, prefixes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         return ((prefixes >> np.uint64(20)) & np.uint64(self._size - 1)).astype(np.int64)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from kvstore.core.forest import closed_under_children
 from kvstore.core.keys import KEY_BYTES
+from kvstore.core.ssd_record import NO_PARENT
 from kvstore.core.types import Tier
 from kvstore.errors import ResourceExhaustedError
 
@@ -38,13 +39,16 @@ _COLUMNS: dict[str, tuple[type[np.generic], int]] = {
 }
 
 
+LIVE = 3  # in both tiers: readable
+
+
 class DramState(IntEnum):
     """What a row's DRAM slot is used for."""
 
     NONE = 0
     FILLING = 1  # reserved by a client
     LOADING = 2  # being read from SSD
-    LIVE = 3
+    LIVE = LIVE
     DEAD = 4  # purged, or its fill failed, while someone may still touch it
 
 
@@ -54,7 +58,7 @@ class SsdState(IntEnum):
     NONE = 0
     WRITING = 1
     DROPPING = 2  # its removal from the index is not durable yet
-    LIVE = 3
+    LIVE = LIVE
 
 
 class Table:
@@ -139,31 +143,37 @@ class Table:
             parents = parents[parents >= 0]
             np.subtract.at(self.children, parents, 1)
             self._remove(rows)
-            parents = np.unique(parents).astype(np.int64)
-            rows = parents[self.namespace[parents] >= 0]
+            above = np.unique(parents).astype(np.int64)
+            rows = above[self.namespace[above] >= 0]
 
     def key(self, row: int) -> bytes:
         """The key of one row."""
-        return self.keys[row].tobytes()
+        return bytes(self.keys[row])
 
     def joined(self, rows: Rows) -> bytes:
         """Keys of rows as one wire field."""
-        return self.keys[rows].tobytes()
+        return bytes(self.keys[rows].data)
 
     def key_list(self, rows: Rows) -> list[bytes]:
         """Keys of rows as objects."""
         joined = self.joined(rows)
         return [joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES)]
 
+    def parent_keys(self, rows: Rows) -> list[bytes]:
+        """Keys of the rows' parents; NO_PARENT at a root."""
+        parents = self.parent[rows].astype(np.int64)
+        keys = self.key_list(parents)
+        for i in np.flatnonzero(parents < 0).tolist():
+            keys[i] = NO_PARENT
+        return keys
+
     def all_rows(self) -> Rows:
         """Every row in use."""
         return np.flatnonzero(self.namespace >= 0)
 
-    def live_in(self, tier: Tier) -> npt.NDArray[np.bool_]:
-        """For each row, whether its block is readable in the tier."""
-        if tier == Tier.DRAM:
-            return self.dram_state == DramState.LIVE
-        return self.ssd_state == SsdState.LIVE
+    def state_in(self, tier: Tier) -> npt.NDArray[np.uint8]:
+        """The column of DramState or SsdState; LIVE is the same number in both."""
+        return self.dram_state if tier == Tier.DRAM else self.ssd_state
 
     def children_in(self, tier: Tier) -> npt.NDArray[np.int32]:
         """For each row, how many of its children have a slot in the tier."""
@@ -193,6 +203,8 @@ class Table:
         assert not idle.any(), f"{int(idle.sum())} rows that nothing needs"
 
     def _remove(self, rows: Rows) -> None:
+        if not len(rows):
+            return
         for key in self.key_list(rows):
             del self.index[key]
         for name, (_, empty) in _COLUMNS.items():

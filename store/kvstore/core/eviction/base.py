@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.core.forest import closed_under_children, local_parents, raise_above_children
-from kvstore.core.table import Mask, Rows, Table
+from kvstore.core.table import LIVE, Mask, Rows, Table
 from kvstore.core.types import Tier
 
 Eligible = Callable[[Rows], Mask]
@@ -37,6 +37,10 @@ class EvictionPolicy(ABC):
             rank[: len(self._rank)] = self._rank
             self._rank = rank
         return self._rank
+
+    def members(self) -> Rows:
+        """The readable blocks of the tier."""
+        return np.flatnonzero(self.table.state_in(self.tier) == LIVE)
 
     @abstractmethod
     def inserted(self, rows: Rows, returning: Mask | None = None) -> None:
@@ -94,7 +98,7 @@ class RankWindow:
 
     def _still_valid(self, rows: Rows) -> Rows:
         policy = self._policy
-        here = policy.table.live_in(policy.tier)[rows] & (policy.rank[rows] <= self._top)
+        here = (policy.table.state_in(policy.tier)[rows] == LIVE) & (policy.rank[rows] <= self._top)
         return rows[here]
 
     def _leaves_first(self, rows: Rows, count: int, eligible: Eligible) -> Rows:
@@ -110,10 +114,7 @@ class RankWindow:
     def _refill(self, count: int, members: Callable[[], Rows] | None) -> bool:
         """A larger window than before; True if it now has every block of the tier."""
         policy = self._policy
-        if members is None:
-            rows = np.flatnonzero(policy.table.live_in(policy.tier))
-        else:
-            rows = members()
+        rows = members() if members else policy.members()
         size = max(_WINDOW_MIN, 4 * count, len(rows) // 8, 4 * len(self._rows))
         rank = policy.rank[rows]
         if size < len(rows):

@@ -1,0 +1,283 @@
+"""Acquires: pins on the leading blocks of a prompt, granted in chain order as they arrive."""
+
+from collections import deque
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.core.blocks import Blocks
+from kvstore.core.effects import Body, End, Granted, Reply
+from kvstore.core.leases import Lease, Session
+from kvstore.core.table import DramState, Mask, Rows, SsdState
+from kvstore.core.tiering import Tiering
+from kvstore.core.transfers import Transfers
+from kvstore.core.types import EndReason, Namespace, SlotRun, Tier
+from kvstore.errors import InvalidArgumentError, ResourceExhaustedError
+
+
+def slot_runs(
+    offsets: npt.NDArray[np.int64],
+    indices: npt.NDArray[np.int64],
+    sources: npt.NDArray[np.uint8],
+    stride: int,
+) -> list[SlotRun]:
+    """Slots of keys ``indices`` as few runs as possible."""
+    breaks = (np.diff(offsets) != stride) | (np.diff(indices) != 1) | (np.diff(sources) != 0)
+    starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))[: len(offsets)]
+    counts = np.diff(starts, append=len(offsets))
+    return [
+        SlotRun(first, count, offset, stride, Tier(source))
+        for first, count, offset, source in zip(
+            indices[starts].tolist(),
+            counts.tolist(),
+            offsets[starts].tolist(),
+            sources[starts].tolist(),
+            strict=True,
+        )
+    ]
+
+
+class Acquires:
+    """All leases that have not ended, in the order of their requests, and what they wait for.
+
+    A lease waits at one row: the first that is not in DRAM. Reads are started for the oldest
+    lease first, several at a time along its chain.
+    """
+
+    def __init__(self, tiering: Tiering, transfers: Transfers) -> None:
+        self.blocks: Blocks = tiering.blocks
+        self.tiering = tiering
+        self.transfers = transfers
+        self.waiting: dict[Lease, Session] = {}
+        self._waiters: dict[int, list[Lease]] = {}
+        self._prefetch: deque[int] = deque()
+        self._starved_at = -1  # room_version at which no slot was found
+
+    @property
+    def idle(self) -> bool:
+        """Nobody waits for a load."""
+        return not (self.waiting or self._prefetch)
+
+    def acquire(
+        self,
+        session: Session,
+        request_id: int,
+        namespace: Namespace,
+        keys: list[bytes],
+        deadline: float | None,
+    ) -> None:
+        """``deadline`` None: only what DRAM has now."""
+        if request_id in session.leases:
+            raise InvalidArgumentError(f"acquire {request_id} is still open in this session")
+        if len(self.waiting) >= self.blocks.config.waiting_max:
+            raise ResourceExhaustedError(f"{len(self.waiting)} acquires wait already; try later")
+        rows, in_dram = self._leading(namespace, keys, dram_only=deadline is None)
+        behind = keys[len(rows)] if len(rows) < len(keys) else b""
+        lease = Lease(
+            session.id,
+            request_id,
+            namespace,
+            rows,
+            np.where(in_dram, np.uint8(Tier.DRAM), np.uint8(Tier.SSD)),
+            self._end_reason(namespace, behind),
+            deadline or 0.0,
+        )
+        session.leases[request_id] = lease
+        self.waiting[lease] = session
+        np.add.at(self.blocks.table.pins, rows, 1)
+        self._touch(rows)
+        self.blocks.count("acquires")
+        self.blocks.count("acquired_keys", len(keys))
+        self._advance(lease)
+
+    def prefetch(self, namespace: Namespace, keys: list[bytes]) -> int:
+        """Queues loads of leading blocks that are on SSD only; how many."""
+        rows, _ = self._leading(namespace, keys, dram_only=False)
+        rows = rows[self.blocks.table.dram_state[rows] == DramState.NONE]
+        rows = rows[: max(0, self.blocks.config.prefetch_max - len(self._prefetch))]
+        self.blocks.ssd_policy.touched(rows)
+        self._prefetch.extend(rows.tolist())
+        return len(rows)
+
+    def match(self, namespace: Namespace, keys: list[bytes]) -> bytes:
+        """One Tier a byte for the leading blocks held."""
+        rows, in_dram = self._leading(namespace, keys, dram_only=False)
+        del rows
+        return np.where(in_dram, np.uint8(Tier.DRAM), np.uint8(Tier.SSD)).tobytes()
+
+    def release(self, session: Session, acquire_id: int, first: int, count: int) -> None:
+        """Unpins a range; what was not granted yet is cancelled with it."""
+        lease = session.leases.get(acquire_id)
+        if lease is None:
+            self.blocks.count("releases_of_nothing")
+            return
+        last = first + count if count else len(lease.rows)
+        if not lease.ended and (last > lease.granted or not count):
+            self._end(lease, EndReason.RELEASED)
+        self._let_go(session, lease, slice(first, last))
+
+    def let_all_go(self, session: Session) -> None:
+        """The session ended: every pin of it."""
+        for lease in list(session.leases.values()):
+            if not lease.ended:
+                self._end(lease, EndReason.RELEASED)
+            self._let_go(session, lease, slice(None))
+
+    def wake(self, rows: Rows) -> None:
+        """The state of rows changed: those that wait for them go on."""
+        for row in rows.tolist():
+            for lease in self._waiters.pop(row, ()):
+                self._advance(lease)
+
+    def pump(self) -> None:
+        """Starts reads, for the oldest lease first, then for prefetches."""
+        if self._starved_at == self.blocks.room_version:
+            return
+        for lease in list(self.waiting):
+            if self.transfers.read_room <= 0:
+                return
+            if not self._read_ahead(lease):
+                self._starved_at = self.blocks.room_version
+                return
+        while self._prefetch and self.transfers.read_room > 0:
+            if not self._read_prefetched():
+                self._starved_at = self.blocks.room_version
+                return
+
+    def tick(self, now: float) -> None:
+        """Ends leases whose time is over."""
+        for lease in [lease for lease in self.waiting if lease.deadline <= now]:
+            self._end(lease, EndReason.NO_SPACE if lease.starved else EndReason.TIMED_OUT)
+
+    def next_deadline(self) -> float | None:
+        """Of the leases that wait."""
+        return min((lease.deadline for lease in self.waiting), default=None)
+
+    def _leading(
+        self, namespace: Namespace, keys: list[bytes], *, dram_only: bool
+    ) -> tuple[Rows, Mask]:
+        """Rows of the leading keys held, and which of them are in DRAM."""
+        table = self.blocks.table
+        rows = table.lookup(keys)
+        known = (rows >= 0) & (table.namespace[rows] == namespace.id)
+        state = table.dram_state[rows]
+        in_dram = known & (state == DramState.LIVE)
+        if dram_only:
+            held = in_dram
+        else:
+            on_ssd = (table.ssd_state[rows] == SsdState.LIVE) & (state != DramState.DEAD)
+            held = in_dram | (known & on_ssd)
+        count = len(rows) if held.all() else int(np.argmin(held))
+        return rows[:count], in_dram[:count]
+
+    def _end_reason(self, namespace: Namespace, behind: bytes) -> EndReason:
+        if not behind:
+            return EndReason.COMPLETE
+        if len(self._leading(namespace, [behind], dram_only=False)[0]):
+            return EndReason.TIMED_OUT  # on SSD, and the caller would not wait
+        return self.blocks.ghosts.reason(behind)
+
+    def _touch(self, rows: Rows) -> None:
+        table = self.blocks.table
+        self.blocks.dram_policy.touched(rows[table.dram_state[rows] == DramState.LIVE])
+        self.blocks.ssd_policy.touched(rows[table.ssd_state[rows] == SsdState.LIVE])
+
+    def _advance(self, lease: Lease) -> None:
+        table = self.blocks.table
+        ahead = lease.rows[lease.granted :]
+        live = table.dram_state[ahead] == DramState.LIVE
+        count = len(ahead) if live.all() else int(np.argmin(live))
+        if count:
+            self._grant(lease, count)
+        if lease.granted == len(lease.rows):
+            self._end(lease, lease.reason)
+            return
+        row = int(ahead[count])
+        if table.ssd_state[row] == SsdState.LIVE and table.dram_state[row] != DramState.DEAD:
+            self._waiters.setdefault(row, []).append(lease)
+        else:
+            self._end(lease, self.blocks.ghosts.reason(table.key(row)))
+
+    def _grant(self, lease: Lease, count: int) -> None:
+        first = lease.granted
+        lease.granted += count
+        lease.starved = False
+        offsets = self.blocks.table.dram_offset[lease.rows[first : lease.granted]]
+        sources = lease.sources[first : lease.granted]
+        runs = slot_runs(
+            offsets, np.arange(first, lease.granted), sources, lease.namespace.slot_bytes
+        )
+        generations = self.blocks.directory.generations_at(offsets).tobytes()
+        self._reply(lease, Granted(runs, generations))
+        from_dram = int((sources == Tier.DRAM).sum())
+        self.blocks.count("granted_dram_blocks", from_dram)
+        self.blocks.count("granted_ssd_blocks", count - from_dram)
+
+    def _end(self, lease: Lease, reason: EndReason) -> None:
+        """The last answer; pins of what was not granted go."""
+        session = self.waiting.pop(lease)
+        lease.ended = True
+        if lease.granted < len(lease.rows):
+            waiters = self._waiters.get(int(lease.rows[lease.granted]), [])
+            if lease in waiters:
+                waiters.remove(lease)
+                if not waiters:
+                    del self._waiters[int(lease.rows[lease.granted])]
+            self._let_go(session, lease, slice(lease.granted, None), keep=True)
+            lease.rows = lease.rows[: lease.granted]
+            lease.held = lease.held[: lease.granted]
+        self._reply(lease, End(lease.granted, reason))
+        self.blocks.count(f"acquire_end_{reason.name.lower()}")
+        if not lease.held.any():
+            del session.leases[lease.request_id]
+
+    def _let_go(self, session: Session, lease: Lease, part: slice, *, keep: bool = False) -> None:
+        blocks, table = self.blocks, self.blocks.table
+        rows = lease.rows[part][lease.held[part]]
+        lease.held[part] = False
+        np.subtract.at(table.pins, rows, 1)
+        if len(rows):
+            blocks.room_version += 1
+            unused = rows[table.pins[rows] == 0]
+            gone = unused[np.isin(table.dram_state[unused], (DramState.NONE, DramState.DEAD))]
+            if len(gone):
+                gone = np.unique(gone)
+                dead = table.dram_state[gone] == DramState.DEAD
+                blocks.discard(gone[~dead])
+                self.tiering.release_dead(gone[dead])
+        if lease.ended and not keep and not lease.held.any():
+            session.leases.pop(lease.request_id, None)
+
+    def _read_ahead(self, lease: Lease) -> bool:
+        """Starts reads for a lease; False if DRAM has no slot for them."""
+        table = self.blocks.table
+        ahead = lease.rows[lease.granted :]
+        rows = ahead[
+            (table.dram_state[ahead] == DramState.NONE) & (table.ssd_state[ahead] == SsdState.LIVE)
+        ][: self.transfers.read_room]
+        rows = rows[np.sort(np.unique(rows, return_index=True)[1])]
+        if not len(rows) or self.transfers.start_reads(rows) == len(rows):
+            return True
+        lease.starved = bool(table.dram_state[ahead[0]] == DramState.NONE)
+        if lease.starved and self._fills_dram(lease):
+            self._end(lease, EndReason.NO_SPACE)
+        return False
+
+    def _fills_dram(self, lease: Lease) -> bool:
+        """Whether nothing but this lease's own pins takes the space it waits for."""
+        dram = self.blocks.dram
+        held = int(lease.held[: lease.granted].sum()) * lease.namespace.slot_bytes
+        return dram.live_bytes == held and not (dram.pending_bytes or dram.quarantined_bytes)
+
+    def _read_prefetched(self) -> bool:
+        table = self.blocks.table
+        row = np.array([self._prefetch[0]])
+        wanted = table.dram_state[row] == DramState.NONE
+        wanted &= table.ssd_state[row] == SsdState.LIVE
+        if wanted[0] and not self.transfers.start_reads(row):
+            return False
+        self._prefetch.popleft()
+        return True
+
+    def _reply(self, lease: Lease, body: Body) -> None:
+        self.blocks.out.replies.append(Reply(lease.session_id, lease.request_id, body))

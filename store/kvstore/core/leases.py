@@ -1,0 +1,85 @@
+"""What a session holds: leases on readable blocks, and slots reserved to be filled."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.core.table import NO_ROW, Mask, Rows
+from kvstore.core.types import EndReason, Namespace, ReserveStatus
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """The pins of one Acquire.
+
+    ``rows`` are the leading blocks that were held when it was asked for, each pinned once until
+    it is released; those before ``granted`` are in DRAM and known to the client.
+    """
+
+    session_id: int
+    request_id: int
+    namespace: Namespace
+    rows: Rows
+    sources: npt.NDArray[np.uint8]  # the Tier of each row at the time of the request
+    reason: EndReason  # what ends the chain behind ``rows``
+    next_key: bytes  # the key behind ``rows``, empty if there is none
+    deadline: float
+    held: Mask = field(init=False)
+    granted: int = 0
+    ended: bool = False
+    starved: bool = False  # its next block waits for a DRAM slot
+
+    def __post_init__(self) -> None:
+        self.held = np.ones(len(self.rows), dtype=np.bool_)
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """The slots of one Reserve: ``rows[i]`` for key i, filled by the client while ``open[i]``."""
+
+    session_id: int
+    request_id: int
+    namespace: Namespace
+    keys: list[bytes]  # dropped once answered
+    parent: bytes
+    shard_index: int
+    num_shards: int
+    deadline: float
+    statuses: npt.NDArray[np.uint8] = field(init=False)
+    rows: Rows = field(init=False)
+    open: Mask = field(init=False)
+    next: int = 0  # keys before it have their status
+    answered: bool = False
+
+    def __post_init__(self) -> None:
+        count = len(self.keys)
+        self.statuses = np.full(count, ReserveStatus.FULL, dtype=np.uint8)
+        self.rows = np.full(count, NO_ROW, dtype=np.int64)
+        self.open = np.zeros(count, dtype=np.bool_)
+
+
+@dataclass(slots=True, eq=False)
+class ShardedFill:
+    """A block that several clients fill, each one shard; it is complete when all committed."""
+
+    num_shards: int
+    deadline: float  # when it is given up if nobody fills it any more
+    open: set[int] = field(default_factory=set)  # shards being filled
+    checksums: dict[int, int] = field(default_factory=dict)  # of shards that are committed
+    failed: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """All shards are there."""
+        return len(self.checksums) == self.num_shards and not self.failed
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """Everything that one client holds. Quarantined: its stream is lost, it may still copy."""
+
+    id: int
+    leases: dict[int, Lease] = field(default_factory=dict)
+    reservations: dict[int, Reservation] = field(default_factory=dict)
+    quarantined: bool = False
