@@ -1,0 +1,184 @@
+"""Whole chains at once: put and get overlap the node's work with their own copies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from kvstore.core.types import AckLevel, EndReason, ReserveStatus
+from kvstore.errors import InvalidArgumentError
+
+from kvstore_client.copying import as_bytes
+from kvstore_client.wire import Keys, joined_keys
+
+if TYPE_CHECKING:
+    from kvstore_client.namespace import Namespace
+    from kvstore_client.writing import Write
+
+# One part of a put: long enough that a round trip to the node is short beside its copy.
+PART_BYTES = 16 << 20
+PARTS_IN_FLIGHT = 4
+# Copied without giving the event loop a turn; about half a millisecond.
+SLICE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """What became of each block of a put."""
+
+    statuses: npt.NDArray[np.uint8]  # ReserveStatus
+    levels: npt.NDArray[np.uint8]  # AckLevel reached by those with status SLOT, else 0
+
+    @property
+    def stored(self) -> int:
+        """Blocks that this put made visible."""
+        return int(np.count_nonzero(self.levels))
+
+
+@dataclass(frozen=True, slots=True)
+class Got:
+    """What a get copied."""
+
+    count: int
+    reason: EndReason
+
+
+class Blocks:
+    """Consecutive blocks of private memory: one buffer, or one buffer a block."""
+
+    def __init__(self, data: Any, count: int, nbytes: int, *, write: bool = False) -> None:
+        self._nbytes = nbytes
+        self._each = [as_bytes(item, write=write) for item in data] if _is_list(data) else None
+        self._whole = None if self._each is not None else as_bytes(data, write=write)
+        sizes = {len(item) for item in self._each} if self._each is not None else {nbytes}
+        have = len(self._each) if self._each is not None else len(self._whole_bytes) // nbytes
+        if sizes - {nbytes} or have < count:
+            raise InvalidArgumentError(
+                f"the buffer has room for {have} blocks of {sorted(sizes)} bytes; "
+                f"{count} of {nbytes} are needed"
+            )
+
+    @property
+    def _whole_bytes(self) -> npt.NDArray[np.uint8]:
+        assert self._whole is not None
+        return self._whole
+
+    def part(self, first: int, count: int) -> Any:
+        """Blocks ``first`` … as ``Lease.copy_into`` takes them."""
+        if self._each is not None:
+            return self._each[first : first + count]
+        return self._whole_bytes[first * self._nbytes : (first + count) * self._nbytes]
+
+    def fill(self, write: Write, at: int, first: int, count: int) -> None:
+        """Copies blocks ``at + first`` … into the slots of ``write``, whose block 0 is ``at``."""
+        if self._each is None:
+            write.put_range(first, self.part(at + first, count))
+            return
+        for index in range(first, first + count):
+            if write.statuses[index] == ReserveStatus.SLOT:
+                write.put(index, self._each[at + index])
+
+
+def _is_list(data: Any) -> bool:
+    return isinstance(data, list | tuple)
+
+
+def _slices(count: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    step = max(1, SLICE_BYTES // nbytes)
+    for first in range(0, count, step):
+        yield first, min(step, count - first)
+
+
+class _Part:
+    """One Reserve of a put: keys ``at`` … of the whole."""
+
+    def __init__(self, at: int, write: Write) -> None:
+        self.at = at
+        self.write = write
+        self.reserving = asyncio.create_task(write.__aenter__())
+        self.committing: asyncio.Task[npt.NDArray[np.uint8]] | None = None
+        self.chosen: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+
+    async def fill(self, blocks: Blocks) -> bool:
+        """Copies into the slots and starts the commit; False if there was no space for all."""
+        await self.reserving
+        full = np.flatnonzero(self.write.statuses == ReserveStatus.FULL)
+        usable = int(full[0]) if len(full) else self.write.count
+        for first, some in _slices(usable, self.write.nbytes):
+            blocks.fill(self.write, self.at, first, some)
+            await asyncio.sleep(0)
+        self.chosen = np.flatnonzero(self.write.statuses[:usable] == ReserveStatus.SLOT)
+        self.committing = asyncio.create_task(self.write.commit(self.chosen))
+        return not len(full)
+
+    async def settle(self) -> None:
+        """Leaves nothing behind, whatever happened."""
+        for task in (self.reserving, self.committing):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        await self.write.__aexit__(None, None, None)
+
+
+async def put(
+    namespace: Namespace,
+    keys: Keys,
+    data: Any,
+    parent: bytes | None,
+    level: AckLevel,
+    timeout_s: float | None,
+) -> Put:
+    """Reserves part after part ahead of the copy, and commits behind it.
+
+    Stops at the first block without space: what follows a hole in a chain is of no use.
+    """
+    joined = joined_keys(keys)
+    count, nbytes = len(joined) // 32, namespace.spec.block_bytes
+    blocks = Blocks(data, count, nbytes)
+    result = Put(np.full(count, ReserveStatus.FULL, np.uint8), np.zeros(count, np.uint8))
+    size = max(1, PART_BYTES // nbytes)
+
+    def start(at: int) -> _Part:
+        before = joined[32 * at - 32 : 32 * at] if at else parent
+        some = joined[32 * at : 32 * (at + size)]
+        return _Part(at, namespace.write(some, before, level, timeout_s))
+
+    parts: list[_Part] = []
+    ahead = deque(range(0, count, size))
+    try:
+        done = 0
+        while done < len(parts) or ahead:
+            while ahead and len(parts) < done + PARTS_IN_FLIGHT:
+                parts.append(start(ahead.popleft()))
+            if not await parts[done].fill(blocks):
+                break
+            done += 1
+        for part in parts[: done + 1]:
+            result.statuses[part.at : part.at + part.write.count] = part.write.statuses
+            if part.committing is not None:
+                result.levels[part.at + part.chosen] = await part.committing
+    finally:
+        for part in parts:
+            await part.settle()
+    return result
+
+
+async def get(
+    namespace: Namespace, keys: Keys, out: Any, parent: bytes | None, timeout_s: float | None
+) -> Got:
+    """Copies blocks while later ones still arrive."""
+    lease = await namespace.acquire(keys, parent, timeout_s)
+    try:
+        blocks = Blocks(out, 0, lease.block_bytes, write=True)
+        async for first, count in lease.arrivals():
+            for at, some in _slices(count, lease.block_bytes):
+                lease.copy_into(blocks.part(first + at, some), first + at, some)
+                await asyncio.sleep(0)
+        return Got(lease.granted, lease.reason or EndReason.UNSPECIFIED)
+    finally:
+        lease.release()
