@@ -43,10 +43,13 @@ def enable_faultpoints(environ: Mapping[str, str]) -> None:
 
 
 def _pass(name: str) -> None:
+    due = ""
     for fault in _faults[name]:
         fault.passes_left -= 1
         if fault.passes_left == 0:
-            if fault.action == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            code = errno.EIO if fault.action == "eio" else errno.ENOSPC
-            raise OSError(code, f"{os.strerror(code)} (faultpoint {name})")
+            due = fault.action
+    if due == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif due:
+        code = errno.EIO if due == "eio" else errno.ENOSPC
+        raise OSError(code, f"{os.strerror(code)} (faultpoint {name})")

@@ -1,0 +1,69 @@
+from kvstore.core.types import Tier
+from kvstore.node import deltas
+from kvstore.node.deltas import Deltas
+from kvstore.node.hbm import HbmInventory
+
+ROOT, OTHER = b"r" * 32, b"s" * 32
+
+
+def key(i: int) -> bytes:
+    return i.to_bytes(32, "little")
+
+
+def keys(*numbers: int) -> bytes:
+    return b"".join(map(key, numbers))
+
+
+def test_hbm_inventory_follows_the_engine() -> None:
+    hbm = HbmInventory()
+    hbm.change(ROOT, "e", keys(1, 2, 3), b"")
+    hbm.change(ROOT, "e", keys(4), keys(2))
+    hbm.change(OTHER, "f", keys(9), b"")
+    chunks = hbm.inventory(2)
+    held = {
+        k for root, engine, part in chunks for k in (part[:32], part[32:]) if root == ROOT and k
+    }
+    assert held == {key(1), key(3), key(4)}
+    assert hbm.roots_of("e") == [ROOT]
+    hbm.clear(ROOT, "e")
+    hbm.clear(ROOT, "e")
+    assert hbm.inventory(8) == [(OTHER, "f", key(9))]
+
+
+def test_I7_hbm_inventory_is_bounded() -> None:
+    hbm = HbmInventory(keys_max=3)
+    hbm.change(ROOT, "e", keys(1, 2), b"")
+    hbm.change(ROOT, "e", keys(3, 4), b"")
+    assert hbm.refused == 2
+    hbm.change(ROOT, "e", keys(3, 4), keys(1))
+    assert sum(len(part) // 32 for _, _, part in hbm.inventory(8)) == 3
+
+
+def test_deltas_merge_and_keep_their_order() -> None:
+    waiting = Deltas()
+    waiting.add(ROOT, Tier.DRAM, "", keys(1), b"", False)
+    waiting.add(ROOT, Tier.DRAM, "", keys(2), b"", False)
+    waiting.add(ROOT, Tier.SSD, "", keys(1), b"", False)
+    waiting.add(ROOT, Tier.DRAM, "", b"", keys(1), False)
+    waiting.add(ROOT, Tier.DRAM, "", keys(1), b"", False)
+    waiting.add(ROOT, Tier.HBM, "e", keys(5), b"", False)
+    waiting.add(ROOT, Tier.HBM, "e", b"", b"", True)
+    events = [(Tier(e.tier), e.stored, e.removed, e.cleared) for e in waiting.take()]
+    assert events == [
+        (Tier.DRAM, keys(1, 2), b"", False),
+        (Tier.SSD, keys(1), b"", False),
+        (Tier.DRAM, keys(1), keys(1), False),
+        (Tier.HBM, keys(5), b"", False),
+        (Tier.HBM, b"", b"", True),
+    ]
+    assert waiting.take() == []
+
+
+def test_I7_deltas_are_bounded() -> None:
+    waiting = Deltas()
+    for _ in range(2):
+        waiting.add(ROOT, Tier.DRAM, "", bytes(deltas.BYTES_MAX * 3 // 4), b"", False)
+    assert waiting.overflowed
+    waiting.add(ROOT, Tier.DRAM, "", keys(1), b"", False)
+    assert waiting.take() == []
+    assert not waiting.overflowed

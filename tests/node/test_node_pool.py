@@ -1,0 +1,76 @@
+import errno
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+from kvstore.errors import ConfigError
+from kvstore.node import pool
+from kvstore.node.dir_lock import DirectoryLock
+from kvstore.node.pool import SharedFile, remove_stale_files
+
+
+def test_shared_file_is_private_whole_and_zero(tmp_path: Path) -> None:
+    file = SharedFile(tmp_path / "pool-1", 1 << 20)
+    stat = file.path.stat()
+    assert stat.st_mode & 0o777 == 0o600
+    assert stat.st_blocks * 512 >= 1 << 20
+    assert file.map[:] == bytes(1 << 20)
+    file.close()
+    assert not file.path.exists()
+    file.close()
+
+
+def test_shared_file_falls_back_where_the_kernel_cannot_populate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "MADV_POPULATE_WRITE", 12345)
+    file = SharedFile(tmp_path / "pool-1", 1 << 20)
+    assert file.path.stat().st_blocks * 512 >= 1 << 20
+    file.close()
+
+
+def test_no_room_is_found_before_and_while_allocating(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="--dram"):
+        SharedFile(tmp_path / "pool-1", 1 << 60)
+
+    def full(_memory: mmap.mmap, _size: int) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pool, "_populate", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        SharedFile(tmp_path / "pool-1", 1 << 20)
+    assert os.listdir(tmp_path) == []
+
+
+def test_stale_files_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("pool-1", "directory-1", "pool-2", "lock", "other"):
+        (tmp_path / name).touch()
+    assert remove_stale_files(tmp_path) == 3
+    assert sorted(os.listdir(tmp_path)) == ["lock", "other"]
+
+
+def test_directory_has_one_owner(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    lock = DirectoryLock(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    with pytest.raises(ConfigError, match="in use by another node"):
+        DirectoryLock(folder)
+    lock.release()
+    DirectoryLock(folder).release(remove=True)
+    assert not folder.exists()
+
+
+def test_lock_keeps_a_directory_with_contents(tmp_path: Path) -> None:
+    lock = DirectoryLock(tmp_path)
+    (tmp_path / "file").touch()
+    lock.release(remove=True)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_lock_in_an_impossible_place(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="directory"):
+        DirectoryLock(tmp_path / "file" / "x")

@@ -1,0 +1,319 @@
+import asyncio
+import errno
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import lmdb
+import pytest
+import xxhash
+from kvstore.core.effects import DropSsd, ReadSsd, WriteSsd
+from kvstore.core.ssd_record import NO_PARENT, SsdRecord, decode_many
+from kvstore.core.types import IoOutcome
+from kvstore.errors import ConfigError
+from kvstore.faultpoint import enable_faultpoints
+from kvstore.node import ssd_file
+from kvstore.node.pool import SharedFile
+from kvstore.node.ssd import SsdTier
+from kvstore.node.ssd_file import SsdFile
+from kvstore.node.ssd_index import SsdIndex
+
+PAGE = 4096
+CAPACITY = 4 << 20
+POOL = 2 << 20
+ROOT = b"r" * 32
+
+
+class Reports:
+    """Remembers how requests ended."""
+
+    def __init__(self) -> None:
+        self.reads: dict[int, IoOutcome] = {}
+        self.kept: list[WriteSsd] = []
+        self.failed: list[WriteSsd] = []
+        self.dropped: list[DropSsd] = []
+
+    def reads_done(self, done: Sequence[tuple[ReadSsd, IoOutcome]]) -> None:
+        self.reads |= {op.row: outcome for op, outcome in done}
+
+    def writes_done(self, done: Sequence[WriteSsd], ok: bool) -> None:
+        (self.kept if ok else self.failed).extend(done)
+
+    def drops_done(self, done: Sequence[DropSsd]) -> None:
+        self.dropped.extend(done)
+
+
+class Rig:
+    """An SSD tier over a pool in a directory of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pool = SharedFile(folder / f"pool-{os.urandom(4).hex()}", POOL)
+        self.memory = memoryview(self.pool.map)
+        self.reports = Reports()
+        self.file = SsdFile(folder, CAPACITY)
+        self.file.probe(self.memory)
+        self.index = SsdIndex(folder, CAPACITY, "node-1")
+        self.tier = SsdTier(self.file, self.index, self.memory, self.reports)
+
+    def close(self) -> None:
+        self.tier.close()
+        self.memory.release()
+        self.pool.close()
+
+    def write(self, row: int, data: bytes, ssd_offset: int, *, shards: int = 1) -> WriteSsd:
+        """Puts ``data`` into the pool and returns the request to write it."""
+        dram_offset = row * (128 << 10)
+        self.memory[dram_offset : dram_offset + len(data)] = data
+        size = len(data) // shards
+        sums = tuple(
+            xxhash.xxh3_64_intdigest(data[i * size : (i + 1) * size]) for i in range(shards)
+        )
+        key = row.to_bytes(32, "little")
+        record = SsdRecord(key, ROOT, NO_PARENT, len(data), ssd_offset, sums, row)
+        return WriteSsd(row, dram_offset, len(data), record)
+
+    def read(self, op: WriteSsd, to: int | None = None) -> ReadSsd:
+        offset = op.dram_offset if to is None else to
+        return ReadSsd(op.row, op.key, op.ssd_offset, offset, op.nbytes, op.record.checksums)
+
+    async def drain(self) -> None:
+        async with asyncio.timeout(20):
+            await self.tier.drain()
+
+    def clear(self) -> None:
+        self.memory[:] = bytes(POOL)
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    rig = Rig(tmp_path)
+    yield rig
+    rig.close()
+
+
+@pytest.fixture(autouse=True)
+def _disarmed() -> Iterator[None]:
+    yield
+    enable_faultpoints({})
+
+
+def arm(value: str) -> None:
+    enable_faultpoints({"KVSTORE_FAULTPOINTS": value})
+
+
+@pytest.mark.parametrize("direct", [True, False])
+async def test_blocks_come_back_as_they_were(
+    tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not direct:
+        monkeypatch.delattr(os, "O_DIRECT")
+        monkeypatch.setattr(os, "O_DIRECT", 0, raising=False)
+    rig = Rig(tmp_path)
+    sizes = [65536, 65536, 100, 5000, 8192, 65536]
+    data = [os.urandom(size) for size in sizes]
+    offsets = [0, 65536, 131072, 135168, 1 << 20, 2 << 20]
+    ops = [
+        rig.write(i, d, o, shards=4 if i == 4 else 1)
+        for i, (d, o) in enumerate(zip(data, offsets, strict=True))
+    ]
+    rig.tier.submit_changes(ops)
+    await rig.drain()
+    assert rig.reports.kept == ops
+    rig.clear()
+    rig.tier.submit_reads([rig.read(op) for op in ops])
+    await rig.drain()
+    assert set(rig.reports.reads.values()) == {IoOutcome.OK}
+    for op, expected in zip(ops, data, strict=True):
+        assert bytes(rig.memory[op.dram_offset : op.dram_offset + op.nbytes]) == expected
+    rig.close()
+
+
+async def test_I8_index_is_found_again(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    ops = [rig.write(i, os.urandom(PAGE), i * PAGE) for i in range(8)]
+    rig.tier.submit_changes(ops)
+    rig.tier.submit_changes([DropSsd(3, ops[3].key, ops[3].ssd_offset)])
+    rig.index.add_namespace(ROOT, b"spec")
+    await rig.drain()
+    assert [drop.row for drop in rig.reports.dropped] == [3]
+    rig.close()
+    rig = Rig(tmp_path)
+    records, usable = decode_many(*rig.index.entries())
+    assert usable.all()
+    assert sorted(records) == sorted(op.record for op in ops if op.row != 3)
+    assert rig.index.namespaces() == {ROOT: b"spec"}
+    rig.close()
+
+
+async def test_removal_and_new_write_of_a_key_keep_their_order(rig: Rig) -> None:
+    old, new = rig.write(1, os.urandom(PAGE), 0), rig.write(1, os.urandom(PAGE), PAGE)
+    rig.tier.submit_changes([old])
+    rig.tier.submit_changes([DropSsd(1, old.key, 0)])
+    rig.tier.submit_changes([new])
+    await rig.drain()
+    records, _ = decode_many(*rig.index.entries())
+    assert records == [new.record]
+
+
+@pytest.mark.parametrize("shard", [0, 3])
+async def test_I1_flipped_bit_is_corrupt(rig: Rig, shard: int) -> None:
+    op, other = rig.write(0, os.urandom(65536), 0, shards=4), rig.write(1, os.urandom(PAGE), 65536)
+    rig.tier.submit_changes([op, other])
+    await rig.drain()
+    with (rig.folder / ssd_file.DATA_NAME).open("r+b") as file:
+        file.seek(shard * 16384 + 77)
+        byte = file.read(1)[0]
+        file.seek(shard * 16384 + 77)
+        file.write(bytes([byte ^ 1]))
+        os.fsync(file.fileno())
+    rig.tier.submit_reads([rig.read(op), rig.read(other)])
+    await rig.drain()
+    assert rig.reports.reads == {0: IoOutcome.CORRUPT, 1: IoOutcome.OK}
+
+
+async def test_read_that_fails_is_told_apart_from_corruption(rig: Rig) -> None:
+    op = rig.write(0, os.urandom(PAGE), 0)
+    rig.tier.submit_changes([op])
+    await rig.drain()
+    arm("ssd.read:eio")
+    rig.tier.submit_reads([rig.read(op)])
+    await rig.drain()
+    assert rig.reports.reads == {0: IoOutcome.FAILED}
+    rig.tier.submit_reads([ReadSsd(5, bytes(32), CAPACITY, 0, PAGE, (0,))])
+    await rig.drain()
+    assert rig.reports.reads[5] is IoOutcome.FAILED
+
+
+async def test_I2_data_that_was_not_written_is_not_indexed(rig: Rig) -> None:
+    ops = [rig.write(i, os.urandom(PAGE), i * 2 * PAGE) for i in range(3)]
+    arm("ssd.data:eio@2")
+    rig.tier.submit_changes(ops)
+    await rig.drain()
+    assert len(rig.reports.failed) == 1
+    assert len(rig.reports.kept) == 2
+    records, _ = decode_many(*rig.index.entries())
+    assert {r.key for r in records} == {op.key for op in rig.reports.kept}
+    assert not rig.tier.failed
+
+
+async def test_I3_after_a_failed_fdatasync_nothing_is_acknowledged(rig: Rig) -> None:
+    arm("ssd.sync:eio")
+    for row in range(2):
+        rig.tier.submit_changes([rig.write(row, os.urandom(PAGE), row * PAGE)])
+        await rig.drain()
+    assert [op.row for op in rig.reports.failed] == [0, 1]
+    assert "fdatasync" in rig.tier.failed
+    assert rig.index.entries() == ([], [])
+
+
+async def test_I3_failed_index_commit_acknowledges_nothing(rig: Rig) -> None:
+    first = rig.write(0, os.urandom(PAGE), 0)
+    rig.tier.submit_changes([first])
+    await rig.drain()
+    arm("ssd.index:enospc")
+    rig.tier.submit_changes([DropSsd(0, first.key, 0), rig.write(1, os.urandom(PAGE), PAGE)])
+    await rig.drain()
+    assert [op.row for op in rig.reports.failed] == [1]
+    assert rig.reports.dropped == []
+    assert decode_many(*rig.index.entries())[0] == [first.record]
+
+
+async def test_close_ends_with_work_queued(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    for row in range(8):
+        rig.tier.submit_changes([rig.write(row, os.urandom(65536), row * 65536)])
+    rig.close()
+    index = SsdIndex(tmp_path, CAPACITY, "node-1")
+    assert len(index.entries()[0]) == 8
+    index.close()
+
+
+def test_short_reads_and_writes_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = SsdFile(tmp_path, CAPACITY)
+    pool = SharedFile(tmp_path / "pool-x", 16 * PAGE)
+    memory = memoryview(pool.map)
+    memory[: 4 * PAGE] = data = os.urandom(4 * PAGE)
+    halves = [memory[: 2 * PAGE], memory[2 * PAGE : 4 * PAGE]]
+    real_write, real_read = os.pwritev, os.preadv
+    monkeypatch.setattr(os, "pwritev", lambda fd, b, o: real_write(fd, [b[0][:PAGE]], o))
+    file.write(halves, PAGE)
+    memory[: 4 * PAGE] = bytes(4 * PAGE)
+    monkeypatch.setattr(os, "preadv", lambda fd, b, o: real_read(fd, [b[0][:PAGE]], o))
+    file.read(halves, PAGE)
+    assert bytes(memory[: 4 * PAGE]) == data
+    monkeypatch.setattr(os, "pwritev", lambda _fd, _b, _o: 0)
+    with pytest.raises(OSError, match="took no bytes"):
+        file.write(halves, 0)
+    file.close()
+    memory.release()
+    pool.close()
+
+
+def test_file_keeps_to_its_capacity(tmp_path: Path) -> None:
+    SsdFile(tmp_path, CAPACITY).close()
+    path = tmp_path / ssd_file.DATA_NAME
+    assert path.stat().st_size == CAPACITY
+    assert path.stat().st_blocks * 512 >= CAPACITY
+    SsdFile(tmp_path, CAPACITY // 2).close()
+    assert path.stat().st_size == CAPACITY // 2
+    with pytest.raises(ConfigError, match="--ssd"):
+        SsdFile(tmp_path, 1 << 55)
+    path.chmod(0)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ConfigError, match="SSD file"):
+        SsdFile(tmp_path, CAPACITY)
+
+
+def test_file_without_direct_io(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def refuse(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, mode)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refuse)
+        file = SsdFile(tmp_path, CAPACITY)
+    assert not file.direct
+    file.close()
+
+
+def test_probe_falls_back_where_the_pool_cannot_be_read_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = SsdFile(tmp_path, CAPACITY)
+    page = memoryview(bytearray(PAGE))
+
+    def refuse(_fd: int, _buffers: object, _offset: int) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    code = errno.EINVAL
+    file.probe(page)
+    assert not file.direct
+    code = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):
+        file.probe(page)
+    file.close()
+
+
+def test_index_belongs_to_one_node_and_format(tmp_path: Path) -> None:
+    SsdIndex(tmp_path, CAPACITY, "node-1").close()
+    with pytest.raises(ConfigError, match="node_id node-1"):
+        SsdIndex(tmp_path, CAPACITY, "node-2")
+    env = lmdb.open(str(tmp_path / "index"), max_dbs=3)
+    with env.begin(write=True, db=env.open_db(b"meta")) as txn:
+        txn.put(b"format_version", b"99")
+    env.close()
+    with pytest.raises(ConfigError, match="format_version 99"):
+        SsdIndex(tmp_path, CAPACITY, "node-1")
+
+
+def test_index_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "data.mdb").write_bytes(b"\1" * 8192)
+    with pytest.raises(ConfigError, match="SSD index"):
+        SsdIndex(tmp_path, CAPACITY, "node-1")
