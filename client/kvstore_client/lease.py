@@ -164,6 +164,8 @@ class Lease:
             return
         self.generations[first : self.granted] = np.frombuffer(granted.generations, dtype="<u4")
         self.blocks.grow(self.granted)
+        if self.granted == self.count:
+            self._end(EndReason.COMPLETE)  # the End that follows says nothing new
 
     def _fail(self, what: str) -> None:
         self.granted = len(self.blocks)

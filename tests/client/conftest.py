@@ -1,0 +1,34 @@
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from fake_node import FakeNode
+
+from kvstore_client import AsyncClient, CacheSpec, Namespace
+
+BLOCK_BYTES = 8192
+
+
+@pytest.fixture
+def spec() -> CacheSpec:
+    return CacheSpec.raw("test", block_bytes=BLOCK_BYTES, block_tokens=4)
+
+
+@pytest.fixture
+async def node(tmp_path: Path) -> AsyncIterator[FakeNode]:
+    fake = FakeNode(tmp_path)
+    await fake.start()
+    yield fake
+    await fake.stop()
+
+
+@pytest.fixture
+async def client(node: FakeNode) -> AsyncIterator[AsyncClient]:
+    connected = await AsyncClient.connect(node.address, name="test", timeout_s=2)
+    yield connected
+    await connected.close()
+
+
+@pytest.fixture
+async def ns(client: AsyncClient, spec: CacheSpec) -> Namespace:
+    return await client.open_namespace(spec)
