@@ -12,8 +12,8 @@ from kvstore_engine.models.registry import build_decoder
 
 # Over 1 / sqrt(inputs), so that attention is selective and weighs more than the token itself:
 # wrong KV bytes then change tokens, which is what tests want to see.
-_QUERY_KEY_GAIN = 1.2
-_OUTPUT_GAIN = 8.0
+_QUERY_KEY_GAIN = 1.5
+_OUTPUT_GAIN = 16.0
 
 
 def tiny_config(name: str) -> ModelConfig:
