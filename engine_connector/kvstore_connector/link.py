@@ -63,6 +63,7 @@ class Link:
         self._client: Client | None = None
         self._probe: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._lost = asyncio.Event()
         self._attempted = threading.Event()
         self._root_fixed = False
         self._closing = False
@@ -125,34 +126,42 @@ class Link:
     async def _keep_connected(self) -> None:
         backoff_s = BACKOFF_S_MIN
         while True:
-            lost = asyncio.Event()
             try:
-                namespace = await self._open(lost)
-                backoff_s = BACKOFF_S_MIN
+                client = await self._connected()
+                namespace = await client.open_namespace(self._spec, tenant=self._tenant)
+                self._check_root(namespace)
                 self._up(namespace)
-                await lost.wait()
+                backoff_s = BACKOFF_S_MIN
+                while not client.closed:
+                    self._lost.clear()
+                    await self._lost.wait()
                 log.warning("the session with the kvstore node is lost; connecting again")
                 self._counters.add("connector_sessions_lost")
             except KVStoreError as error:
                 log.info("no session with the kvstore node: %s", error)
             except Exception:
                 log.exception("no session with the kvstore node")
-            await self._down()
-            self._attempted.set()
+            self._down()
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, BACKOFF_S_MAX)
 
-    async def _open(self, lost: asyncio.Event) -> Namespace:
-        self._client = await self._connect(lost.set)
-        namespace = await self._client.open_namespace(self._spec, tenant=self._tenant)
-        if namespace.root != self.root:
-            if self._root_fixed:
-                raise PreconditionError(
-                    f"the node's root for tenant {self._tenant!r} is not the one that this engine's"
-                    " keys start from; restart the engine to use this node"
-                )
-            self.root = namespace.root
-        return namespace
+    async def _connected(self) -> Client:
+        """The client, with a session. A new one waits until nothing of the old one is in use."""
+        if self._client is None:
+            self._client = await self._connect(self._lost.set)
+        elif self._client.closed:
+            await self._client.reconnect()
+        return self._client
+
+    def _check_root(self, namespace: Namespace) -> None:
+        if namespace.root == self.root:
+            return
+        if self._root_fixed:
+            raise PreconditionError(
+                f"the node's root for tenant {self._tenant!r} is not the one that this engine's "
+                "keys start from; restart the engine to use this node"
+            )
+        self.root = namespace.root
 
     def _up(self, namespace: Namespace) -> None:
         self.namespace = namespace
@@ -160,20 +169,13 @@ class Link:
         self._attempted.set()
         self._on_up()
 
-    async def _down(self) -> None:
+    def _down(self) -> None:
         self.namespace = None
+        self._attempted.set()
         if self._probe is not None:
             self._probe.cancel()
             self._probe = None
-        client, self._client = self._client, None
-        if client is None:
-            return
         self._on_down()
-        try:
-            async with asyncio.timeout(CLOSE_S_MAX):
-                await client.close()
-        except (KVStoreError, TimeoutError) as error:
-            log.debug("closing a session: %s", error)
 
     async def _probe_until_answered(self, namespace: Namespace) -> None:
         """Asks at once, as a slow medium is no stalled node, and from then on now and again."""
@@ -192,4 +194,10 @@ class Link:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CLOSE_S_MAX)
-        await self._down()
+        self._down()
+        if self._client is not None:
+            try:
+                async with asyncio.timeout(CLOSE_S_MAX):
+                    await self._client.close()
+            except (KVStoreError, TimeoutError) as error:
+                log.debug("closing the session: %s", error)

@@ -120,7 +120,9 @@ class Loads:
         try:
             async for first, count in lease.arrivals():
                 await self._copy_arrived(lease, first, count, load)
-                if load.cancelled or load.blocks == len(load.keys):
+                if load.cancelled or first + count > len(load.keys):
+                    break
+                if load.blocks == len(load.keys) and load.next_key is None:
                     break
             load.end_reason = self._why_ended(load, lease)
         finally:

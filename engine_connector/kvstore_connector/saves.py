@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 from kvstore.core.types import ReserveStatus
 from kvstore.errors import KVStoreError
 
@@ -22,7 +23,6 @@ from kvstore_connector.store import Namespace, Write
 log = logging.getLogger(__name__)
 
 _NICEST = 19
-GRACE_S = 0.5
 
 
 @dataclass(slots=True)
@@ -177,8 +177,7 @@ class Saves:
         namespace = self._link.namespace
         try:
             if namespace is not None:
-                async with asyncio.timeout(self._timeout_s + GRACE_S):
-                    saved = await self._save(namespace, batch)
+                saved = await self._save(namespace, batch)
         except TimeoutError as error:
             log.info("a save of %d blocks took too long: %s", len(batch.keys), error)
             if namespace is not None:
@@ -194,11 +193,11 @@ class Saves:
         async with namespace.write(
             batch.keys, parent=batch.parent, timeout_s=self._timeout_s
         ) as write:
-            wanted, usable = slots_to_fill(write.statuses)
+            wanted, usable = slots_to_fill(write.statuses.tolist())
             filled = await self._fill(write, wanted, batch)
             self._give_back(batch)
             levels = await write.commit(filled) if filled else ()
-        committed = sum(1 for level in levels if level)
+        committed = int(np.count_nonzero(levels))
         self._counters.add("connector_saved_blocks", committed)
         self._counters.add("connector_saved_bytes", committed * self._pages.page_bytes)
         return usable - len(wanted) + committed

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from kvstore.core.spec import CacheSpec
 from kvstore.core.types import EndReason
+from kvstore_client import AsyncClient
 
 
 class Match(Protocol):
@@ -36,9 +37,9 @@ class Write(Protocol):
     """Reserved slots; leaving the context gives back what was not committed."""
 
     @property
-    def statuses(self) -> Sequence[int]: ...
+    def statuses(self) -> npt.NDArray[np.uint8]: ...
     def put(self, index: int, data: Any) -> None: ...
-    async def commit(self, indices: Sequence[int] | None = None) -> Sequence[int]: ...
+    async def commit(self, indices: Sequence[int] | None = None) -> npt.NDArray[np.uint8]: ...
 
 
 class Namespace(Protocol):
@@ -60,16 +61,29 @@ class Namespace(Protocol):
 
 
 class Client(Protocol):
-    """One session with a node."""
+    """A session with a node, opened again by ``reconnect`` once it was lost."""
 
+    @property
+    def closed(self) -> bool: ...
+    async def reconnect(self, timeout_s: float | None = None) -> None: ...
     async def open_namespace(self, spec: CacheSpec, *, tenant: str = "default") -> Namespace: ...
     async def close(self) -> None: ...
 
 
-# Opens a session; the callback is called once, in the loop's thread, when that session is lost.
+# Opens a session; the callback is called in the loop's thread whenever a session is lost.
 Connect = Callable[[Callable[[], None]], Awaitable[Client]]
 
 
 def node_connect(address: str, engine_id: str, timeout_s: float) -> Connect:
     """Connects to the node at ``address`` with kvstore's own client."""
-    raise NotImplementedError
+
+    async def connect(on_lost: Callable[[], None]) -> Client:
+        return await AsyncClient.connect(
+            address,
+            name=f"kvstore-engine {engine_id}",
+            engine_id=engine_id,
+            timeout_s=timeout_s,
+            on_lost=lambda _: on_lost(),
+        )
+
+    return connect

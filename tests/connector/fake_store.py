@@ -62,7 +62,7 @@ class FakeStore:
     def lose_session(self) -> None:
         """Breaks the newest session, from any thread."""
         client = self.sessions[-1]
-        client.lost = True
+        client.closed = True
         client.loop.call_soon_threadsafe(client.on_lost)
 
 
@@ -72,9 +72,16 @@ class FakeClient:
     def __init__(self, store: FakeStore, on_lost: Callable[[], None]) -> None:
         self.store = store
         self.on_lost = on_lost
-        self.lost = False
         self.closed = False
+        self.reconnections = 0
         self.loop = asyncio.get_running_loop()
+
+    async def reconnect(self, timeout_s: float | None = None) -> None:
+        if self.store.away or self.store.pinned or self.store.writing:
+            self.on_lost()
+            raise UnavailableError("nobody listens")
+        self.closed = False
+        self.reconnections += 1
 
     async def open_namespace(self, spec: CacheSpec, *, tenant: str = "default") -> "FakeNamespace":
         return FakeNamespace(self, spec)
@@ -125,7 +132,7 @@ class FakeNamespace:
     def hbm_events(
         self, *, stored: Sequence[bytes], removed: Sequence[bytes], cleared: bool
     ) -> None:
-        if self.client.lost:
+        if self.client.closed:
             raise UnavailableError("session lost")
         if cleared:
             self.store.hbm.clear()
@@ -135,7 +142,7 @@ class FakeNamespace:
     async def _answer(self, timeout_s: float) -> None:
         if self.store.raises is not None:
             raise self.store.raises
-        if self.client.lost:
+        if self.client.closed:
             raise UnavailableError("session lost")
         if self.store.stalled:
             await asyncio.sleep(timeout_s + 0.05)
@@ -176,7 +183,7 @@ class FakeLease:
         first = 0
         while first < self.count:
             await asyncio.sleep(0)
-            if self.client.lost:
+            if self.client.closed:
                 raise UnavailableError("session lost")
             count = min(self.store.run_blocks, self.count - first)
             yield first, count
@@ -206,13 +213,14 @@ class FakeWrite:
         self.keys = keys
         self.filled: dict[int, bytes] = {}
         room = self.store.slots - len(self.store.blocks)
-        self.statuses: list[ReserveStatus] = []
+        statuses: list[ReserveStatus] = []
         for key in keys:
             if key in self.store.blocks:
-                self.statuses.append(ReserveStatus.HAVE)
+                statuses.append(ReserveStatus.HAVE)
             else:
-                self.statuses.append(ReserveStatus.SLOT if room > 0 else ReserveStatus.FULL)
+                statuses.append(ReserveStatus.SLOT if room > 0 else ReserveStatus.FULL)
                 room -= 1
+        self.statuses = np.array(statuses, np.uint8)
 
     def put(self, index: int, data: Any) -> None:
         self.store.in_copy.set()
@@ -220,10 +228,10 @@ class FakeWrite:
             assert self.store.hold_copy.wait(10)
         self.filled[index] = bytes(data)
 
-    async def commit(self, indices: Sequence[int] | None = None) -> list[AckLevel]:
+    async def commit(self, indices: Sequence[int] | None = None) -> npt.NDArray[np.uint8]:
         assert indices is not None
-        if self.client.lost:
+        if self.client.closed:
             raise UnavailableError("session lost")
         for i in indices:
             self.store.blocks[self.keys[i]] = self.filled[i]
-        return [AckLevel.MEMORY] * len(indices)
+        return np.full(len(indices), AckLevel.MEMORY, np.uint8)

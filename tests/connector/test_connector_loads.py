@@ -162,7 +162,7 @@ def test_I9_a_lost_session_ends_the_load(make_rig: Callable[..., Rig]) -> None:
     rig.store.arrivals_max = 5
     rig.core.on_request("r", keys)
     rig.core.match("r", 0)
-    rig.store.sessions[-1].lost = True
+    rig.store.sessions[-1].closed = True
     rig.core.start_load("r", 0, list(range(8)))
     rig.wait(loads=1, timeout_s=2)
     assert rig.loads[0].end_reason == "store_unavailable"

@@ -3,7 +3,9 @@
 import threading
 from collections.abc import Callable
 
+import pytest
 from kvstore.errors import InternalError
+from kvstore_connector import core
 from kvstore_connector.saves import slots_to_fill
 
 from tests.connector.fake_store import FakeStore
@@ -71,6 +73,7 @@ def test_what_is_being_saved_is_not_saved_twice(rig: Rig) -> None:
     keys = rig.keys(6)
     rig.store.hold_copy = threading.Event()
     rig.save(keys[:4])
+    assert rig.store.in_copy.wait(10)
     rig.save(keys[:3], first_page=10)
     rig.save(keys, first_page=20)
     rig.store.hold_copy.set()
@@ -148,19 +151,34 @@ def test_I9_a_stalled_node_gives_the_pages_back(make_rig: Callable[..., Rig]) ->
     wait_until(lambda: stored_right(rig.store, keys))
 
 
-def test_I2_a_copy_overtaken_by_its_deadline_is_never_committed(
-    make_rig: Callable[..., Rig],
-) -> None:
-    rig = make_rig(save_timeout_s=0.1)
+def test_I2_a_copy_that_outlives_its_session_is_never_committed(rig: Rig) -> None:
     rig.store.hold_copy = threading.Event()
     rig.save(rig.keys(4))
     assert rig.store.in_copy.wait(10)
-    wait_until(lambda: rig.store.writing == 1)
-    threading.Timer(1.0, rig.store.hold_copy.set).start()
+    rig.store.lose_session()
+    wait_until(lambda: not rig.core.connected)
     rig.poll()
     assert rig.pages == []  # a page under a copy stays pinned
+    assert rig.store.sessions[0].reconnections == 0  # and its slot is not given up
+    rig.store.hold_copy.set()
     rig.wait(pages=4)
-    wait_until(lambda: rig.store.writing == 0)
+    wait_until(lambda: rig.core.connected)
+    assert rig.store.writing == 0
+    assert rig.store.blocks == {}
+
+
+def test_I2_close_waits_for_the_copy_and_commits_nothing(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "FLUSH_S_MAX", 0.05)
+    hold = rig.store.hold_copy = threading.Event()
+    rig.save(rig.keys(4))
+    assert rig.store.in_copy.wait(10)
+    threading.Timer(0.3, hold.set).start()
+    rig.core.close()
+    assert hold.is_set()
+    rig.poll()
+    assert sorted(rig.pages) == [0, 1, 2, 3]
     assert rig.store.blocks == {}
 
 
@@ -188,7 +206,10 @@ def test_close_lets_queued_saves_end(rig: Rig) -> None:
     assert stored_right(rig.store, keys)
 
 
-def test_close_gives_pages_of_a_stuck_node_back(make_rig: Callable[..., Rig]) -> None:
+def test_close_gives_pages_of_a_stuck_node_back(
+    make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "FLUSH_S_MAX", 0.05)
     rig = make_rig(save_batch_bytes=2 * BLOCK_BYTES)
     rig.store.stalled = True
     rig.save(rig.keys(8))
