@@ -47,11 +47,6 @@ class Outbox:
                 self._finished.pages.extend(pages)
                 self._signal()
 
-    def wake(self) -> None:
-        """Wakes the engine loop without an event: an answer it waits for is there."""
-        with self._lock:
-            self._signal()
-
     def drain(self) -> Finished:
         """Takes everything; never blocks."""
         with self._lock:

@@ -100,6 +100,8 @@ class FakeNamespace:
         self.root = bytes(32) if self.store.foreign_root else namespace_root(spec)
 
     def match(self, keys: Sequence[bytes]) -> FakeMatch:
+        if self.client.closed:
+            raise UnavailableError("session lost")
         count = next((i for i, k in enumerate(keys) if k not in self.store.blocks), len(keys))
         tiers = [self.store.tiers.get(key, Tier.DRAM) for key in keys[:count]]
         return FakeMatch(np.array(tiers, np.uint8))
@@ -133,7 +135,7 @@ class FakeNamespace:
         self, *, stored: Sequence[bytes], removed: Sequence[bytes], cleared: bool
     ) -> None:
         if self.client.closed:
-            raise UnavailableError("session lost")
+            return
         if cleared:
             self.store.hbm.clear()
         self.store.hbm.difference_update(removed)

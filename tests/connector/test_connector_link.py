@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 import pytest
 from kvstore.core.keys import namespace_root
+from kvstore.core.types import Tier
 from kvstore.errors import UnavailableError
+from kvstore_connector import link
 
 from tests.connector.fake_store import FakeClient, FakeStore
 from tests.connector.rig import SPEC, Rig, wait_until
@@ -101,3 +103,66 @@ def test_blocks_in_pages_are_not_fetched_ahead(rig: Rig) -> None:
     rig.core.on_request("r", keys)
     rig.core.on_request("s", [*keys, bytes(32)])
     wait_until(lambda: rig.store.calls == ["acquire 1"])
+
+
+def test_a_closed_connector_answers_with_misses(rig: Rig) -> None:
+    keys = rig.keys(2)
+    rig.put(keys)
+    rig.core.on_request("r", keys)
+    rig.core.close()
+    assert rig.core.match("r", 0) == (0, "store_unavailable")
+    rig.core.start_load("r", 0, [0, 1])
+    rig.core.save(None, keys, [2, 3])
+    rig.core.pages_changed(keys, [])
+    rig.poll()
+    assert [load.blocks for load in rig.loads] == [0]
+    assert rig.pages == [2, 3]
+
+
+def test_a_session_lost_under_a_lookup_is_a_miss(rig: Rig) -> None:
+    keys = rig.keys(3)
+    rig.put(keys[:2])
+    rig.store.tiers = dict.fromkeys(keys, Tier.SSD)
+    rig.store.sessions[0].closed = True  # and nobody noticed yet
+    rig.core.on_request("r", keys)
+    rig.save(keys)
+    rig.core.pages_changed(keys, [])
+    rig.wait(pages=3)
+    rig.store.lose_session()
+    wait_until(lambda: rig.store.sessions[0].reconnections == 1)
+    wait_until(lambda: rig.store.hbm == set(keys))
+
+
+def test_a_stall_during_a_lookup_is_noticed(rig: Rig) -> None:
+    rig.store.stalled = True
+    rig.core.on_request("r", rig.keys(2))
+    wait_until(lambda: not rig.core.connected)
+    wait_until(lambda: rig.core.counters().get("connector_stalls", 0) >= 1)
+    rig.store.lose_session()
+    wait_until(lambda: rig.store.sessions[0].reconnections == 1)
+    rig.store.stalled = False
+    wait_until(lambda: rig.core.connected)
+
+
+def test_a_session_lost_under_a_probe_ends_it(rig: Rig) -> None:
+    rig.store.stalled = True
+    rig.core.on_request("r", rig.keys(2))
+    wait_until(lambda: rig.core.counters().get("connector_stalls", 0) >= 1)
+    rig.store.stalled = False
+    rig.store.raises = UnavailableError("gone")
+    rig.store.lose_session()
+    wait_until(lambda: rig.store.sessions[0].reconnections == 1 and rig.core.connected)
+
+
+def test_close_is_bounded_when_the_goodbye_is_not_answered(
+    make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "CLOSE_S_MAX", 0.05)
+    rig = make_rig()
+
+    async def never() -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(rig.store.sessions[0], "close", never)
+    rig.core.close()
+    assert not rig.core.connected
