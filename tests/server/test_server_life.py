@@ -41,6 +41,27 @@ async def test_client_that_leaves_before_the_first_token(stream: bool) -> None:
         assert api.engine.open_requests == 0
 
 
+async def test_I11_bytes_that_are_no_request_and_bodies_that_never_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with server() as api:
+        port = api.client.base_url.port
+        for data in (
+            b"\x00\xff\x16\x03 garbage\r\n\r\n",
+            b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{",
+            b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: -4\r\n\r\n",
+        ):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(data)
+            await writer.drain()
+            writer.write_eof()
+            async with asyncio.timeout(10):
+                assert b"200" not in await reader.read()
+            writer.close()
+        assert (await api.client.get("/health")).status_code == 200
+    assert "Traceback" not in caplog.text
+
+
 async def test_I9_engine_death_fails_open_requests_and_then_the_server() -> None:
     async with server() as api:
         whole = asyncio.create_task(api.post("/v1/completions", **HANG))

@@ -65,6 +65,7 @@ def listen(host: str, port: int) -> socket.socket:
 async def serve(config: ServerConfig, command: Sequence[str] = ENGINE_COMMAND) -> None:
     """Serves until a signal says stop; raises KVStoreError where it cannot start or go on."""
     setup_logging(config.log_level)
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
     check_loopback(f"{config.host}:{config.port}", insecure=config.insecure)
     engine_config = config.engine()
     find_model(config.model)
@@ -95,6 +96,7 @@ async def run_http(
             lifespan="off",
             log_config=None,
             access_log=False,
+            server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(DRAIN_S) + 3,
         )

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
 
 from kvstore_engine.server.errors import ApiError, bad_request
 
@@ -179,10 +180,13 @@ BodyT = TypeVar("BodyT", bound=BaseModel)
 async def read_body(request: Request, kind: type[BodyT]) -> BodyT:
     """The request's JSON body as ``kind``; ApiError with 400 or 413 for anything else."""
     data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > BODY_BYTES_MAX:
-            raise ApiError(413, f"the request is larger than {BODY_BYTES_MAX >> 20} MiB")
+    try:
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > BODY_BYTES_MAX:
+                raise ApiError(413, f"the request is larger than {BODY_BYTES_MAX >> 20} MiB")
+    except ClientDisconnect:
+        raise bad_request("the connection ended before the body did") from None
     return parse_body(bytes(data), kind)
 
 

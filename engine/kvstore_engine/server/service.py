@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvstore_engine.messages import EngineReady, SamplingParams
@@ -48,8 +48,10 @@ class Service:
             self.tokenizer.encode, text, add_special_tokens=add_special_tokens
         )
 
-    def check_tokens(self, tokens: Iterable[int]) -> None:
-        """ApiError for ids that the model has no embedding of."""
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """ApiError for ids that the model does not know."""
+        if len(tokens) > self.ready().max_context:
+            return  # refused for its length, whatever is in it
         size = self.tokenizer.vocab_size
         wrong = next((token for token in tokens if not 0 <= token < size), None)
         if wrong is not None:
