@@ -29,8 +29,8 @@ class BlockManager:
         self._last_use = [0] * num_pages
         self._depth = [0] * num_pages
         self._uses = 0
-        self._stored: list[bytes] = []
-        self._removed: list[bytes] = []
+        # Key -> whether it came or went since the last report; both in a row cancel out.
+        self._changed: dict[bytes, bool] = {}
 
     @property
     def num_free(self) -> int:
@@ -98,7 +98,7 @@ class BlockManager:
         if known == page:
             self._key_of[page] = key
             self._depth[page] = depth
-            self._stored.append(key)
+            self._note(key, stored=True)
             return page
         self.reference([known])
         self.free([page])
@@ -116,9 +116,10 @@ class BlockManager:
 
     def drain_events(self) -> tuple[list[bytes], list[bytes]]:
         """Keys that came and keys that went since the last call."""
-        events = self._stored, self._removed
-        self._stored, self._removed = [], []
-        return events
+        changed, self._changed = self._changed, {}
+        return [k for k, came in changed.items() if came], [
+            k for k, came in changed.items() if not came
+        ]
 
     def check_integrity(self) -> None:
         """AssertionError unless free + cached + in use == total, and every index agrees."""
@@ -173,4 +174,8 @@ class BlockManager:
         if key is not None:
             del self._page_of[key]
             self._key_of[page] = None
-            self._removed.append(key)
+            self._note(key, stored=False)
+
+    def _note(self, key: bytes, *, stored: bool) -> None:
+        if self._changed.pop(key, None) is None:
+            self._changed[key] = stored
