@@ -79,8 +79,8 @@ class Acquires:
             namespace,
             rows,
             np.where(in_dram, np.uint8(Tier.DRAM), np.uint8(Tier.SSD)),
-            self._end_reason(namespace, behind),
-            deadline or 0.0,
+            reason=self._end_reason(namespace, behind),
+            deadline=deadline or 0.0,
         )
         session.leases[request_id] = lease
         self.waiting[lease] = session
@@ -122,6 +122,12 @@ class Acquires:
             if not lease.ended:
                 self._end(lease, EndReason.RELEASED)
             self._let_go(session, lease, slice(None))
+
+    def stop_waiting(self, session: Session) -> None:
+        """Nobody hears of further blocks; those granted stay pinned."""
+        for lease in list(session.leases.values()):
+            if not lease.ended:
+                self._end(lease, EndReason.RELEASED)
 
     def wake(self, rows: Rows) -> None:
         """The state of rows changed: those that wait for them go on."""
@@ -229,7 +235,7 @@ class Acquires:
         self._reply(lease, End(lease.granted, reason))
         self.blocks.count(f"acquire_end_{reason.name.lower()}")
         if not lease.held.any():
-            del session.leases[lease.request_id]
+            session.leases.pop(lease.request_id, None)
 
     def _let_go(self, session: Session, lease: Lease, part: slice, *, keep: bool = False) -> None:
         blocks, table = self.blocks, self.blocks.table

@@ -12,6 +12,7 @@ from kvstore.core.ghosts import Ghosts
 from kvstore.core.slots import Offsets, SlotSpace
 from kvstore.core.table import DramState, Rows, SsdState, Table
 from kvstore.core.types import CoreConfig, EndReason, Namespace, Tier, TierUsage
+from kvstore.errors import ResourceExhaustedError
 
 DRAM_COUNT = {
     DramState.FILLING: "pending",
@@ -62,6 +63,17 @@ class Blocks:
         self.namespaces.append(namespace)
         self.slot_bytes = np.append(self.slot_bytes, namespace.slot_bytes)
         return namespace
+
+    def namespace_of(self, root: bytes, block_bytes: int) -> Namespace:
+        """The namespace of a root, made if need be."""
+        for namespace in self.namespaces:
+            if namespace.root == root:
+                return namespace
+        if len(self.namespaces) >= self.config.namespaces_max:
+            raise ResourceExhaustedError(
+                f"{self.config.namespaces_max} namespaces are open, the most a node takes"
+            )
+        return self.add_namespace(root, block_bytes)
 
     def by_namespace(self, rows: Rows) -> Iterator[tuple[Namespace, Rows]]:
         """Rows by their namespace; mostly there is one."""

@@ -133,6 +133,10 @@ class DirectoryWriter:
         self.generations[pages] += np.uint32(1)
         return self.generations[pages]
 
+    def generations_at(self, offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
+        """Generations of the slots at these offsets."""
+        return self.generations[offsets // SLOT_ALIGN_BYTES]
+
     def bump_range(self, offset: int, nbytes: int) -> None:
         """Marks every page of a range, which from now on has slots of another size."""
         first = offset // SLOT_ALIGN_BYTES

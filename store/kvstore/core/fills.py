@@ -1,6 +1,7 @@
 """Fills: blocks that clients are writing, whole or in shards, until they commit or give up."""
 
 import numpy as np
+import numpy.typing as npt
 
 from kvstore.core.blocks import Blocks
 from kvstore.core.leases import Reservation, ShardedFill
@@ -18,6 +19,7 @@ class Fills:
         self.blocks: Blocks = tiering.blocks
         self.tiering = tiering
         self._sharded: dict[int, ShardedFill] = {}
+        self.completed: Rows = np.zeros(0, dtype=np.int64)  # by the last commit
 
     def start(self, reservation: Reservation, rows: Rows, now: float) -> None:
         """These rows, just FILLING, are filled under this reservation."""
@@ -42,10 +44,12 @@ class Fills:
         fill.deadline = now + self.blocks.config.shard_timeout_s
         return True
 
-    def commit(self, reservation: Reservation, rows: Rows, sums: Rows, now: float) -> Mask:
+    def commit(
+        self, reservation: Reservation, rows: Rows, sums: npt.NDArray[np.uint64], now: float
+    ) -> Mask:
         """Shards are filled, in chain order; which of them count. Complete blocks are visible."""
         table = self.blocks.table
-        good = table.dram_state[rows] == DramState.FILLING
+        good: Mask = table.dram_state[rows] == DramState.FILLING
         self._leave(rows[~good], reservation)
         filled = rows[good]
         if reservation.num_shards == 1:

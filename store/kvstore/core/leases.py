@@ -23,7 +23,6 @@ class Lease:
     rows: Rows
     sources: npt.NDArray[np.uint8]  # the Tier of each row at the time of the request
     reason: EndReason  # what ends the chain behind ``rows``
-    next_key: bytes  # the key behind ``rows``, empty if there is none
     deadline: float
     held: Mask = field(init=False)
     granted: int = 0

@@ -1,14 +1,36 @@
 """NodeCore: everything that a storage node decides, without I/O, clock or threads."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from kvstore.core.acquire import Acquires
+from kvstore.core.admin import evict_blocks, purge_blocks
+from kvstore.core.blocks import Blocks
+from kvstore.core.checks import Indices, RequestChecks, places_of
 from kvstore.core.directory import DirectoryWriter
-from kvstore.core.effects import DropSsd, Effects, ReadSsd, WriteSsd
+from kvstore.core.effects import (
+    Aborted,
+    Body,
+    DropSsd,
+    Effects,
+    Failed,
+    Matched,
+    Prefetched,
+    ReadSsd,
+    Reply,
+    WriteSsd,
+)
+from kvstore.core.fills import Fills
+from kvstore.core.keys import DEFAULT_TENANT, namespace_root, split_keys
+from kvstore.core.leases import Reservation, Session
+from kvstore.core.reserve import Reserves
+from kvstore.core.restore import restore_blocks
 from kvstore.core.spec import CacheSpec
 from kvstore.core.ssd_record import SsdRecord
+from kvstore.core.table import LIVE
+from kvstore.core.tiering import Tiering
+from kvstore.core.transfers import Transfers
 from kvstore.core.types import (
     AckLevel,
     CoreConfig,
@@ -17,6 +39,13 @@ from kvstore.core.types import (
     Removal,
     Tier,
     TierUsage,
+)
+from kvstore.errors import (
+    InvalidArgumentError,
+    KVStoreError,
+    NotFoundError,
+    PreconditionError,
+    ResourceExhaustedError,
 )
 
 
@@ -30,42 +59,77 @@ class NodeCore:
 
     def __init__(self, config: CoreConfig, directory: DirectoryWriter, now: float) -> None:
         self.config = config
+        self.started_at = now
         self.directory = directory
-        self.now = now
-        self.counters: dict[str, int] = {}
+        self._blocks = Blocks(config, directory)
+        self._tiering = Tiering(self._blocks)
+        self._transfers = Transfers(self._tiering)
+        self._acquires = Acquires(self._tiering, self._transfers)
+        self._fills = Fills(self._tiering)
+        self._reserves = Reserves(self._tiering, self._transfers, self._fills)
+        self._checks = RequestChecks(self._blocks)
+        self._sessions: dict[int, Session] = {}
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What happened since the start, by name."""
+        counters = dict(self._blocks.counters)
+        counters["directory_unpublished_blocks"] = self.directory.unpublished
+        return counters
 
     # Namespaces and sessions
 
-    def open_namespace(self, spec: CacheSpec, tenant: str = "default") -> Namespace:
+    def open_namespace(self, spec: CacheSpec, tenant: str = DEFAULT_TENANT) -> Namespace:
         """The namespace of a spec; the same one for the same spec and tenant.
 
         InvalidArgumentError if a tier cannot hold one of its blocks; ResourceExhaustedError at
         the limit of namespaces.
         """
-        raise NotImplementedError
+        self._checks.namespace_fits(spec, tenant)
+        namespace = self._blocks.namespace_of(namespace_root(spec), spec.block_bytes)
+        namespace.spec, namespace.tenant = spec, DEFAULT_TENANT
+        return namespace
 
     def namespaces(self) -> list[Namespace]:
         """All that were opened or restored."""
-        raise NotImplementedError
+        return list(self._blocks.namespaces)
 
     def restore(self, records: Iterable[SsdRecord], now: float) -> Effects:
         """Takes over the blocks of the SSD index, at start only.
 
         Records that cannot be used come back as drops with row -1.
         """
-        raise NotImplementedError
+        self._transfers.restored(restore_blocks(self._blocks, records))
+        return self._finish(now)
 
     def open_session(self, session_id: int) -> None:
         """A client came. ResourceExhaustedError at the limit of sessions."""
-        raise NotImplementedError
+        if session_id in self._sessions:
+            raise PreconditionError(f"session {session_id} is open already")
+        if len(self._sessions) >= self.config.sessions_max:
+            raise ResourceExhaustedError(f"{len(self._sessions)} sessions are open; try later")
+        self._sessions[session_id] = Session(session_id)
 
     def session_settled(self, session_id: int, now: float) -> Effects:
         """Nothing of this session is in use any more: all that it held is back at once."""
-        raise NotImplementedError
+        session = self._sessions.pop(session_id, None)
+        if session is not None:
+            self._reserves.let_all_go(session)
+            self._acquires.let_all_go(session)
+        return self._finish(now)
 
     def session_quarantined(self, session_id: int, now: float) -> Effects:
         """The stream is lost, the process may live: what it holds stays held until settled."""
-        raise NotImplementedError
+        session = self._sessions.get(session_id)
+        if session is not None and not session.quarantined:
+            session.quarantined = True
+            self._reserves.quarantine(session)
+            self._acquires.stop_waiting(session)
+        return self._finish(now)
+
+    def sessions(self) -> int:
+        """Open ones, without those in quarantine."""
+        return sum(not session.quarantined for session in self._sessions.values())
 
     # Requests of a session
 
@@ -79,8 +143,18 @@ class NodeCore:
         timeout_s: float,
         now: float,
     ) -> Effects:
-        """Pins the leading blocks held; Granted as they are in DRAM, in chain order, then End."""
-        raise NotImplementedError
+        """Pins the leading blocks held; Granted as they are in DRAM, in chain order, then End.
+
+        With a timeout of 0 only what DRAM has now.
+        """
+
+        def call(session: Session) -> None:
+            namespace, names = self._checks.keys(ns_id, keys, parent)
+            self._checks.holds(session)
+            deadline = now + timeout_s if timeout_s > 0 else None
+            self._acquires.acquire(session, request_id, namespace, names, deadline)
+
+        return self._request(session_id, request_id, call, now)
 
     def release(
         self, session_id: int, acquire_id: int, first: int, count: int, now: float
@@ -89,7 +163,10 @@ class NodeCore:
 
         Releasing what was not granted yet cancels the rest: End with RELEASED follows.
         """
-        raise NotImplementedError
+        session = self._sessions.get(session_id)
+        if session is not None and first >= 0 and count >= 0:
+            self._acquires.release(session, acquire_id, first, count)
+        return self._finish(now)
 
     def reserve(
         self,
@@ -105,63 +182,118 @@ class NodeCore:
         num_shards: int = 1,
     ) -> Effects:
         """A slot for each key that nobody has; one Reserved, at the latest after the timeout."""
-        raise NotImplementedError
+
+        def call(session: Session) -> None:
+            namespace, names = self._checks.keys(ns_id, keys, parent)
+            self._checks.reserve(names, shard_index, num_shards)
+            self._checks.holds(session)
+            reservation = Reservation(
+                session_id,
+                request_id,
+                namespace,
+                names,
+                parent,
+                shard_index,
+                num_shards or 1,
+                now + max(0.0, timeout_s),
+            )
+            self._reserves.reserve(session, reservation, now)
+
+        return self._request(session_id, request_id, call, now)
 
     def commit(
         self,
         session_id: int,
         request_id: int,
         reserve_id: int,
-        indices: Sequence[int] | npt.NDArray[np.integer],
+        indices: Indices,
         checksums: bytes,
         level: AckLevel,
         now: float,
     ) -> Effects:
         """Makes filled slots readable; Committed follows when ``level`` is reached."""
-        raise NotImplementedError
+
+        def call(session: Session) -> None:
+            reservation = self._reserves.find(session, reserve_id)
+            places = places_of(indices, len(reservation.statuses))
+            if len(checksums) != 8 * len(places):
+                raise InvalidArgumentError(
+                    f"{len(checksums)} bytes of checksums for {len(places)} blocks; take 8 each"
+                )
+            sums = np.frombuffer(checksums, dtype="<u8")
+            self._reserves.commit(session, request_id, reservation, places, sums, level, now)
+
+        return self._request(session_id, request_id, call, now)
 
     def abort(
-        self,
-        session_id: int,
-        request_id: int,
-        reserve_id: int,
-        indices: Sequence[int] | npt.NDArray[np.integer],
-        now: float,
+        self, session_id: int, request_id: int, reserve_id: int, indices: Indices, now: float
     ) -> Effects:
         """Gives reserved slots back unfilled (no indices: all not committed); Aborted follows."""
-        raise NotImplementedError
+
+        def call(session: Session) -> None:
+            try:
+                reservation = self._reserves.find(session, reserve_id)
+            except NotFoundError:
+                count = 0  # all is settled already
+            else:
+                places = places_of(indices, len(reservation.statuses))
+                count = self._reserves.abort(session, reservation, places)
+            self._reply(session_id, request_id, Aborted(count))
+
+        return self._request(session_id, request_id, call, now)
 
     def prefetch(
         self, session_id: int, request_id: int, ns_id: int, keys: bytes, parent: bytes, now: float
     ) -> Effects:
         """Starts loads of the leading blocks that are only on SSD; Prefetched follows."""
-        raise NotImplementedError
+
+        def call(_session: Session) -> None:
+            namespace, names = self._checks.keys(ns_id, keys, parent)
+            started = self._acquires.prefetch(namespace, names)
+            self._reply(session_id, request_id, Prefetched(started))
+
+        return self._request(session_id, request_id, call, now)
 
     def match(self, session_id: int, request_id: int, ns_id: int, keys: bytes) -> Effects:
         """Tiers of the leading blocks held; Matched follows."""
-        raise NotImplementedError
+
+        def call(_session: Session) -> None:
+            namespace, names = self._checks.keys(ns_id, keys, b"")
+            tiers = self._acquires.match(namespace, names)
+            self._reply(session_id, request_id, Matched(tiers))
+
+        self._answer(session_id, request_id, call)
+        return self._take_effects()
 
     # Ends of disk requests
 
     def read_done(self, op: ReadSsd, outcome: IoOutcome, now: float) -> Effects:
         """A read ended; unless OK, the copy on SSD is dropped."""
-        raise NotImplementedError
+        return self.reads_done([(op, outcome)], now)
+
+    def reads_done(self, ops: Sequence[tuple[ReadSsd, IoOutcome]], now: float) -> Effects:
+        """Several reads ended."""
+        self._transfers.reads_done(ops)
+        self._acquires.wake(np.fromiter((op.row for op, _ in ops), np.int64, len(ops)))
+        return self._finish(now)
 
     def write_done(
         self, op: WriteSsd, ok: bool, now: float, level: AckLevel = AckLevel.SYNCED
     ) -> Effects:
         """A write ended; ``level`` is what the daemon's medium gives."""
-        raise NotImplementedError
+        return self.writes_done([op], ok, now, level)
 
     def writes_done(
         self, ops: Sequence[WriteSsd], ok: bool, now: float, level: AckLevel = AckLevel.SYNCED
     ) -> Effects:
         """A group of writes ended together."""
-        raise NotImplementedError
+        self._transfers.writes_done(ops, ok, level)
+        return self._finish(now)
 
     def drop_done(self, op: DropSsd, now: float) -> Effects:
         """The removal is durable: the SSD slot is free."""
-        raise NotImplementedError
+        self._transfers.drop_done(op)
+        return self._finish(now)
 
     # Administration and time
 
@@ -172,38 +304,90 @@ class NodeCore:
 
         Leaves first; without ``drop`` a last copy stays until it is on SSD.
         """
-        raise NotImplementedError
+        removal = evict_blocks(self._tiering, tier, split_keys(keys), max_bytes, drop=drop)
+        return self._finish(now), removal
 
     def purge(self, root: bytes | None, now: float) -> tuple[Effects, Removal]:
         """Forgets the blocks of one namespace (None: of all); held slots follow when let go."""
-        raise NotImplementedError
+        rows, removal = purge_blocks(self._tiering, root)
+        self._acquires.wake(rows)
+        return self._finish(now), removal
 
     def tick(self, now: float) -> Effects:
         """Ends what waited too long."""
-        raise NotImplementedError
+        self._acquires.tick(now)
+        self._reserves.tick(now)
+        return self._finish(now)
 
     def next_deadline(self) -> float | None:
         """When ``tick`` has something to do, if nothing else happens before."""
-        raise NotImplementedError
+        times = (self._acquires.next_deadline(), self._reserves.next_deadline())
+        return min((time for time in times if time is not None), default=None)
 
     # Observation
 
     def usage(self) -> list[TierUsage]:
         """Space of DRAM and, if there is one, of the SSD tier."""
-        raise NotImplementedError
+        return self._blocks.usage()
 
     def pinned_blocks(self) -> int:
         """Blocks under at least one lease."""
-        raise NotImplementedError
+        return int(np.count_nonzero(self._blocks.table.pins))
 
     def inventory(self, chunk_keys: int = 8192) -> Iterator[tuple[bytes, Tier, bytes]]:
         """(root, tier, keys) of all readable blocks; a block in both tiers comes twice."""
-        raise NotImplementedError
+        table = self._blocks.table
+        for tier in (Tier.DRAM, Tier.SSD):
+            live = table.state_in(tier) == LIVE
+            for namespace in self.namespaces():
+                rows = np.flatnonzero(live & (table.namespace == namespace.id))
+                for first in range(0, len(rows), chunk_keys):
+                    yield namespace.root, tier, table.joined(rows[first : first + chunk_keys])
 
     def idle(self) -> bool:
         """Nothing waits and no disk request is out."""
-        raise NotImplementedError
+        return self._acquires.idle and self._reserves.idle and self._transfers.idle
 
     def check_integrity(self) -> None:
         """AssertionError if space, pins, links or lists do not add up; slow."""
-        raise NotImplementedError
+        self._blocks.check()
+        self._fills.check()
+        pins = np.zeros_like(self._blocks.table.pins)
+        for session in self._sessions.values():
+            for lease in session.leases.values():
+                np.add.at(pins, lease.rows[lease.held], 1)
+                assert lease.held.any() or not lease.ended, "a lease that holds nothing"
+        assert np.array_equal(pins, self._blocks.table.pins), "pins are not those of the leases"
+
+    def _finish(self, now: float) -> Effects:
+        """Lets everything go on that the call made possible."""
+        while True:
+            version = self._blocks.room_version
+            self._acquires.pump()
+            self._reserves.pump(now)
+            self._transfers.pump_writes()
+            waiting = self._reserves.waiting or not self._acquires.idle
+            if not waiting or version == self._blocks.room_version:
+                return self._take_effects()
+
+    def _take_effects(self) -> Effects:
+        effects, self._blocks.out = self._blocks.out, Effects()
+        return effects
+
+    def _request(
+        self, session_id: int, request_id: int, call: Callable[[Session], None], now: float
+    ) -> Effects:
+        self._answer(session_id, request_id, call)
+        return self._finish(now)
+
+    def _answer(self, session_id: int, request_id: int, call: Callable[[Session], None]) -> None:
+        try:
+            session = self._sessions.get(session_id)
+            if session is None or session.quarantined:
+                raise PreconditionError(f"session {session_id} is not open; connect again")
+            call(session)
+        except KVStoreError as error:
+            self._reply(session_id, request_id, Failed(error))
+
+    def _reply(self, session_id: int, request_id: int, body: Body) -> None:
+        self._blocks.out.replies.append(Reply(session_id, request_id, body))

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from kvstore.core.acquire import slot_runs
 from kvstore.core.blocks import Blocks
-from kvstore.core.effects import Aborted, Body, Committed, Reply, Reserved
+from kvstore.core.effects import Body, Committed, Reply, Reserved
 from kvstore.core.fills import Fills
 from kvstore.core.leases import Reservation, Session
 from kvstore.core.table import NO_ROW, DramState, Rows, SsdState
@@ -87,7 +87,7 @@ class Reserves:
         mine = order[reservation.open[indices[order]]]
         rows = reservation.rows[indices[mine]]
         reservation.open[indices[mine]] = False
-        good = self.fills.commit(reservation, rows, checksums[mine].astype(np.int64), now)
+        good = self.fills.commit(reservation, rows, checksums[mine], now)
         levels = np.zeros(len(indices), dtype=np.uint8)
         levels[mine[good]] = AckLevel.MEMORY
         self.transfers.queue_writes(self.fills.completed)

@@ -46,21 +46,22 @@ class Tiering:
     def _may_leave_dram(self, rows: Rows) -> Mask:
         """Unpinned blocks on SSD; and last copies where nothing better will come of them."""
         table, config = self.blocks.table, self.blocks.config
-        free = (table.dram_state[rows] == DramState.LIVE) & (table.pins[rows] == 0)
+        free: Mask = (table.dram_state[rows] == DramState.LIVE) & (table.pins[rows] == 0)
         state = table.ssd_state[rows]
         given_up = (state == SsdState.NONE) & (table.ssd_children[rows] == 0)
         if self.blocks.ssd:
             given_up &= table.attempts[rows] >= config.write_attempts_max
-        return free & ((state == SsdState.LIVE) | given_up)
+        free &= (state == SsdState.LIVE) | given_up
+        return free
 
     def may_be_dropped(self, rows: Rows) -> Mask:
         """Unpinned blocks without a write out, whatever is lost with them."""
         table = self.blocks.table
-        free = (table.dram_state[rows] == DramState.LIVE) & (table.pins[rows] == 0)
-        return free & (
-            (table.ssd_state[rows] == SsdState.LIVE)
-            | ((table.ssd_state[rows] != SsdState.WRITING) & (table.ssd_children[rows] == 0))
+        free: Mask = (table.dram_state[rows] == DramState.LIVE) & (table.pins[rows] == 0)
+        free &= (table.ssd_state[rows] == SsdState.LIVE) | (
+            (table.ssd_state[rows] != SsdState.WRITING) & (table.ssd_children[rows] == 0)
         )
+        return free
 
     def evict_dram(self, rows: Rows) -> None:
         """Removes blocks from DRAM, children before parents, and gives their slots back."""
@@ -93,8 +94,9 @@ class Tiering:
     def on_ssd_too(self, rows: Rows) -> Mask:
         """Unpinned blocks in DRAM that lose nothing by leaving it."""
         table = self.blocks.table
-        free = (table.dram_state[rows] == DramState.LIVE) & (table.pins[rows] == 0)
-        return free & (table.ssd_state[rows] == SsdState.LIVE)
+        free: Mask = (table.dram_state[rows] == DramState.LIVE) & (table.pins[rows] == 0)
+        free &= table.ssd_state[rows] == SsdState.LIVE
+        return free
 
     def closed(self, rows: Rows, eligible: Mask, children: npt.NDArray[np.int32]) -> Mask:
         """Those of the rows that may go without leaving a hole."""
@@ -133,7 +135,9 @@ class Tiering:
         state = table.dram_state[rows]
         last = (state == DramState.NONE) & (table.pins[rows] == 0)
         last &= table.dram_children[rows] == 0
-        return (table.ssd_state[rows] == SsdState.LIVE) & ((state == DramState.LIVE) | last)
+        may: Mask = table.ssd_state[rows] == SsdState.LIVE
+        may &= (state == DramState.LIVE) | last
+        return may
 
     def evict_ssd(self, rows: Rows) -> None:
         """Drops copies; a block that is in DRAM as well is not written a second time."""

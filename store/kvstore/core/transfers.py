@@ -73,7 +73,7 @@ class Transfers:
         taken = dict.fromkeys(self._dirty.popleft() for _ in range(min(count, len(self._dirty))))
         rows = np.fromiter(taken, dtype=np.int64)
         due = (table.dram_state[rows] == DramState.LIVE) & (table.ssd_state[rows] == SsdState.NONE)
-        rows = rows[due & (table.attempts[rows] < config.write_attempts_max)]
+        rows = rows[due & (table.attempts[rows] < config.write_attempts_max)].copy()
         slots = self.blocks.slot_bytes[table.namespace[rows]]
         fits = (slots == slots[:1]) & (
             np.cumsum(slots) + self._write_bytes <= config.writes_in_flight_bytes_max
@@ -82,8 +82,11 @@ class Transfers:
         if len(rows) and not fits.all():
             first = int(np.argmin(fits))
             self._dirty.extendleft(reversed(rows[first:].tolist()))
-            return rows[:first] if first else None
-        return rows
+            rows = rows[:first]
+            if not first:
+                return None
+        due_now: Rows = rows
+        return due_now
 
     def _start_writes(self, rows: Rows, offsets: Offsets) -> None:
         blocks, table = self.blocks, self.blocks.table
@@ -152,7 +155,6 @@ class Transfers:
         blocks.count("ssd_given_up_blocks", len(rows))
         blocks.room_version += 1
         self.tiering.on_settled(rows, AckLevel.MEMORY)
-        blocks.discard(rows)
 
     # Loads
 

@@ -42,6 +42,12 @@ class EvictionPolicy(ABC):
         """The readable blocks of the tier."""
         return np.flatnonzero(self.table.state_in(self.tier) == LIVE)
 
+    def in_order(self, rows: Rows) -> Rows:
+        """These blocks by rank, but children before their parents."""
+        up = local_parents(rows, self.table.parent, self.table.scratch)
+        ordered: Rows = rows[np.argsort(raise_above_children(self.rank[rows], up), kind="stable")]
+        return ordered
+
     @abstractmethod
     def inserted(self, rows: Rows, returning: Mask | None = None) -> None:
         """Blocks became readable in the tier. ``returning``: those evicted not long ago."""
@@ -106,10 +112,8 @@ class RankWindow:
         may_go = closed_under_children(
             rows, table.parent, table.children_in(policy.tier), table.scratch, eligible(rows)
         )
-        rows = rows[may_go]
-        up = local_parents(rows, table.parent, table.scratch)
-        rank = raise_above_children(policy.rank[rows], up)
-        return rows[np.argsort(rank, kind="stable")[:count]]
+        chosen: Rows = policy.in_order(rows[may_go])[:count]
+        return chosen
 
     def _refill(self, count: int, members: Callable[[], Rows] | None) -> bool:
         """A larger window than before; True if it now has every block of the tier."""

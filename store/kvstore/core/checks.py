@@ -1,0 +1,81 @@
+"""Checks of requests: everything is refused before anything is changed."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.core.blocks import Blocks
+from kvstore.core.keys import DEFAULT_TENANT, KEY_BYTES, split_keys
+from kvstore.core.leases import Session
+from kvstore.core.spec import CacheSpec
+from kvstore.core.types import Namespace
+from kvstore.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
+
+Indices = Sequence[int] | npt.NDArray[np.integer]
+
+
+class RequestChecks:
+    """What a client's numbers and keys must be like on this node."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self._blocks = blocks
+        self._config = blocks.config
+
+    def namespace_fits(self, spec: CacheSpec, tenant: str) -> None:
+        """InvalidArgumentError unless both tiers can hold a block, and the tenant exists."""
+        if tenant not in ("", DEFAULT_TENANT):
+            raise InvalidArgumentError(
+                f"tenant {tenant!r}: without security there is only {DEFAULT_TENANT!r}"
+            )
+        for space, name in ((self._blocks.dram, "DRAM pool"), (self._blocks.ssd, "SSD tier")):
+            if space and not space.slots_max(spec.slot_bytes):
+                raise InvalidArgumentError(
+                    f"a block of {spec.block_bytes} bytes does not fit into the {name} of "
+                    f"{space.capacity_bytes} bytes; give the node a larger one"
+                )
+
+    def keys(self, ns_id: int, keys: bytes, parent: bytes) -> tuple[Namespace, list[bytes]]:
+        """The namespace of a request, and its keys one by one."""
+        if not 0 <= ns_id < len(self._blocks.namespaces):
+            raise NotFoundError(f"namespace {ns_id} was not opened on this node")
+        namespace = self._blocks.namespaces[ns_id]
+        names = split_keys(keys)
+        if len(names) > self._config.keys_per_request_max:
+            raise InvalidArgumentError(
+                f"{len(names)} keys in one; send {self._config.keys_per_request_max} at most"
+            )
+        if len(parent) not in (0, KEY_BYTES):
+            raise InvalidArgumentError(f"a parent key has {len(parent)} bytes, not {KEY_BYTES}")
+        if namespace.root in names or bytes(KEY_BYTES) in names:
+            raise InvalidArgumentError("the root and 32 zero bytes are no keys of blocks")
+        return namespace, names
+
+    def reserve(self, keys: list[bytes], shard_index: int, num_shards: int) -> None:
+        """No key twice, and a shard that exists."""
+        if len(set(keys)) != len(keys):
+            raise InvalidArgumentError("a reserve names a key twice")
+        shards_max = self._config.shards_max
+        if not 0 <= num_shards <= shards_max or not 0 <= shard_index < (num_shards or 1):
+            raise InvalidArgumentError(
+                f"shard {shard_index} of {num_shards}; take at most {shards_max} shards and an "
+                "index below their number"
+            )
+
+    def holds(self, session: Session) -> None:
+        """ResourceExhaustedError if the session has too much open."""
+        held = len(session.leases) + len(session.reservations)
+        if held >= self._config.holds_per_session_max:
+            raise ResourceExhaustedError(
+                f"this session has {held} acquires and reserves open; release some"
+            )
+
+
+def places_of(indices: Indices, count: int) -> npt.NDArray[np.int64]:
+    """Indices into the keys of a reserve, each once."""
+    places = np.asarray(indices, dtype=np.int64)
+    if len(places) and (places.min() < 0 or places.max() >= count):
+        raise InvalidArgumentError(f"an index is outside of the {count} keys of the reserve")
+    if len(np.unique(places)) != len(places):
+        raise InvalidArgumentError("an index comes twice")
+    return places
