@@ -13,6 +13,7 @@ from kvstore.errors import (
     KVStoreError,
     PreconditionError,
     ResourceExhaustedError,
+    UnavailableError,
 )
 from kvstore.node.driver import Driver, ReplySink
 from kvstore.node.process_watch import ProcessWatch, Sight
@@ -115,6 +116,12 @@ class Clients:
         self._forget(client)
         self._driver.apply(self._driver.core.session_settled(client.id, self._driver.now()))
         log.info("client %s (%s) is settled", *_label(client))
+
+    def end_all(self) -> None:
+        """The node is about to stop: ends every stream."""
+        for client in self._clients.values():
+            if not client.lost:
+                client.end_stream(UnavailableError("the node is stopping"))
 
     def close(self) -> None:
         """Watches no process any more."""

@@ -42,6 +42,7 @@ async def serve(config: NodeConfig) -> None:
             insecure=config.insecure,
         )
         running.push_async_callback(server.stop, STOP_GRACE_S)
+        running.callback(node.clients.end_all)
         node.address = server.address
         node.link.start()
         daemon.announce(f"{PROG} ready: {server.address}")

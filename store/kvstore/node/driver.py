@@ -65,11 +65,7 @@ class Driver:
 
     def reads_done(self, done: Sequence[tuple[ReadSsd, IoOutcome]]) -> None:
         """Reads ended: what waits for them is answered."""
-        now = self.now()
-        effects = Effects()
-        for op, outcome in done:
-            effects.extend(self.core.read_done(op, outcome, now))
-        self.apply(effects)
+        self.apply(self.core.reads_done(done, self.now()))
 
     def writes_done(self, done: Sequence[WriteSsd], ok: bool) -> None:
         """Writes of one group ended."""

@@ -205,20 +205,20 @@ class MasterLink:
             await stream.write(Report(delta=event))
 
     async def _send_inventory(self, stream: Any) -> None:
-        """Every namespace, then every block.
+        """Every namespace, then every block, as they are at one moment.
 
-        A change between two chunks is told after the chunk that already shows it, or before the
-        chunk that does not yet: told twice, it ends in the same state.
+        Changes from then on wait until all of it is sent. Those that were waiting before are told
+        once more, in their order, which ends in the same state.
         """
         core, sent = self._node.core, 0
-        for namespace in core.namespaces():
-            await stream.write(Report(namespace=translate.namespace_to_message(namespace)))
-        for root, tier, keys in core.inventory(INVENTORY_KEYS):
-            await stream.write(Report(inventory=_stored(root, tier, "", keys)))
-            sent += len(keys) // KEY_BYTES
-            await self._send_deltas(stream)
+        namespaces = core.namespaces()
+        held = [(root, int(tier), "", keys) for root, tier, keys in core.inventory(INVENTORY_KEYS)]
         for root, engine_id, keys in self._node.hbm.inventory(INVENTORY_KEYS):
-            await stream.write(Report(inventory=_stored(root, Tier.HBM, engine_id, keys)))
+            held.append((root, int(Tier.HBM), engine_id, keys))
+        for namespace in namespaces:
+            await stream.write(Report(namespace=translate.namespace_to_message(namespace)))
+        for root, tier_number, engine_id, keys in held:
+            await stream.write(Report(inventory=_stored(root, tier_number, engine_id, keys)))
             sent += len(keys) // KEY_BYTES
         await stream.write(Report(inventory_end=master_pb2.InventoryEnd(blocks=sent)))
 

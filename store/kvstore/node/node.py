@@ -80,8 +80,7 @@ class Node:
                 ssd_bytes=page_multiple(config.ssd),
                 sessions_max=4 * config.sessions_max,
             )
-            loop = asyncio.get_running_loop()
-            self.core = NodeCore(core_config, self.directory, loop.time())
+            self.core = NodeCore(core_config, self.directory)
             self.driver = Driver(self.core, self._block_events)
             resources.callback(self.driver.close)
             self.clients = Clients(
@@ -141,7 +140,7 @@ class Node:
         keys, values = index.entries()
         records, usable = decode_many(keys, values)
         broken = [DropSsd(-1, key, 0) for key, ok in zip(keys, usable, strict=True) if not ok]
-        effects = self.core.restore(records, self.driver.now())
+        effects = self.core.restore(records)
         effects.drops += broken
         if effects.drops:
             log.warning("%d records on SSD cannot be used and are removed", len(effects.drops))

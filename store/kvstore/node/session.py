@@ -218,8 +218,9 @@ class Session:
         )
 
     def _match(self, request_id: int, request: node_pb2.Match, now: float) -> Effects:
-        del now
-        return self._core.match(self._client.id, request_id, request.namespace_id, request.keys)
+        return self._core.match(
+            self._client.id, request_id, request.namespace_id, request.keys, now
+        )
 
     def _hbm_events(self, request_id: int, request: node_pb2.HbmEvents, now: float) -> None:
         del request_id, now
