@@ -114,6 +114,11 @@ async def test_retire_ends_what_is_open_in_the_engine_too() -> None:
         await until(lambda: counter(engine, "aborted_requests") == 1)
 
 
+async def test_sockets_leave_no_names_once_both_ends_are_connected() -> None:
+    async with fake_engine() as engine:
+        assert not engine._directory.exists()
+
+
 async def test_reset_cache_reaches_the_engine() -> None:
     async with fake_engine() as engine:
         engine.reset_cache()

@@ -170,6 +170,8 @@ class EngineClient:
             case EngineStats():
                 self.stats = message
             case EngineReady():
+                # Both ends are connected: names on disk would only outlive a kill -9.
+                shutil.rmtree(self._directory, ignore_errors=True)
                 self.ready, self.state = message, "ready"
                 if not self._started.done():
                     self._started.set_result(message)
