@@ -154,12 +154,16 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     async def Evict(  # noqa: N802
         self, request: admin_pb2.EvictRequest, context: Context
     ) -> admin_pb2.RemovalResponse:
-        """Asks one node, or each in turn, to evict; a limit in bytes holds for all together."""
+        """Asks one node, or each connected one in turn, to evict; a limit in bytes holds for all
+        together.
+        """
         if int(request.tier) not in (Tier.DRAM, Tier.SSD):
             raise InvalidArgumentError(f"blocks are evicted from DRAM or SSD, not {request.tier}")
         split_keys(request.keys)
         answer = admin_pb2.RemovalResponse()
-        for node in self._nodes(request.node_id):
+        members = self._cluster.members
+        nodes = self._nodes(request.node_id) if request.node_id else members.connected()
+        for node in nodes:
             if request.bytes and answer.bytes >= request.bytes:
                 break
             order = master_pb2.EvictBlocks(

@@ -1,0 +1,83 @@
+"""Options that several commands share, and how their values are read."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from kvstore_proto import common_pb2
+
+from kvstore.config import parse_size
+from kvstore.core.keys import KEY_BYTES
+from kvstore.errors import ConfigError
+
+DEFAULT_MASTER = "127.0.0.1:9400"
+
+
+class TierName(StrEnum):
+    """A tier, as it is typed."""
+
+    HBM = "hbm"
+    DRAM = "dram"
+    SSD = "ssd"
+
+
+class OwnTierName(StrEnum):
+    """A tier that a node owns, and can evict from."""
+
+    DRAM = "dram"
+    SSD = "ssd"
+
+
+def tier_number(tier: TierName | OwnTierName | None) -> common_pb2.Tier.ValueType:
+    """The protocol's number; 0 for none."""
+    return common_pb2.Tier.Value(f"TIER_{tier.name}" if tier else "TIER_UNSPECIFIED")
+
+
+def _check_size(value: str) -> str:
+    try:
+        parse_size(value)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+    return value
+
+
+def read_keys(value: str) -> bytes:
+    """Keys as comma-separated hex digits, joined as they travel."""
+    try:
+        keys = [bytes.fromhex(part.strip()) for part in value.split(",") if part.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"{value!r}: keys are hex digits") from None
+    if any(len(key) != KEY_BYTES for key in keys):
+        raise typer.BadParameter(f"a key has {2 * KEY_BYTES} hex digits; `blocks --json` has them")
+    return b"".join(keys)
+
+
+MasterOption = Annotated[
+    str,
+    typer.Option(
+        "--master",
+        envvar="KVSTORE_MASTER",
+        metavar="HOST:PORT",
+        help="Address of the master, or unix:PATH.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+NodeOption = Annotated[
+    str, typer.Option("--node", metavar="ID", help="Only this node; `kvstore nodes` lists them.")
+]
+NamespaceOption = Annotated[
+    str,
+    typer.Option(
+        "--namespace",
+        metavar="HEX",
+        help="First digits of a namespace's root; `kvstore status` lists them.",
+    ),
+]
+
+
+def size_option(flag: str, text: str) -> typer.models.OptionInfo:
+    """An option for a size such as 1GiB."""
+    option: typer.models.OptionInfo = typer.Option(
+        flag, metavar="SIZE", help=text, callback=_check_size
+    )
+    return option

@@ -1,0 +1,101 @@
+"""How answers are shown: tables for people, JSON for programs."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from kvstore_proto import common_pb2
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+PIPE_COLUMNS = 160
+BAR_CELLS = 20
+SHORT_DIGITS = 12
+TIER_STYLES = {"HBM": "magenta", "DRAM": "green", "SSD": "blue", "REMOTE": "yellow"}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Where to print; a pipe gets wide lines, so that nothing in them is cut."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS
+    return Console(stderr=stderr, width=width, highlight=False)
+
+
+def print_json(value: object) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    sys.stdout.flush()
+
+
+def table(title: str, *columns: str) -> Table:
+    """An empty table. A column whose name begins with ``>`` is right-aligned."""
+    result = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for name in columns:
+        right = name.startswith(">")
+        result.add_column(
+            name.removeprefix(">"),
+            justify="right" if right else "left",
+            no_wrap=True,
+            overflow="fold",
+        )
+    return result
+
+
+def tier_name(tier: int) -> str:
+    """``DRAM`` of ``TIER_DRAM``."""
+    return common_pb2.Tier.Name(common_pb2.Tier.ValueType(tier)).removeprefix("TIER_")
+
+
+def tier_text(tier: int) -> Text:
+    """A tier's name in its colour."""
+    name = tier_name(tier)
+    return Text(name, style=TIER_STYLES.get(name, ""))
+
+
+def short(digest: bytes) -> str:
+    """The first hex digits of a root or key: enough to name it."""
+    return digest.hex()[:SHORT_DIGITS]
+
+
+def size(value: int) -> str:
+    """Bytes in a unit that people read: ``1.5 GiB``."""
+    number = float(value)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units: ``2 h 5 min``."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
+
+
+def count(number: int, noun: str) -> str:
+    """``1 block``, ``2 blocks``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def bar(parts: Sequence[tuple[int, str]], total: int, cells: int = BAR_CELLS) -> Text:
+    """A bar of ``cells``, filled by parts of ``total``, each in its style; not empty if > 0."""
+    result = Text()
+    at = filled = 0
+    for value, style in parts:
+        at += value
+        end = max(round(cells * at / total), filled + 1) if value and total else filled
+        end = min(end, cells)
+        result.append("█" * (end - filled), style=style)
+        filled = end
+    result.append("░" * (cells - filled), style="bright_black")
+    return result
