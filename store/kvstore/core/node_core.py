@@ -57,9 +57,8 @@ class NodeCore:
     ``open_session`` raise. Calls come from one thread.
     """
 
-    def __init__(self, config: CoreConfig, directory: DirectoryWriter, now: float) -> None:
+    def __init__(self, config: CoreConfig, directory: DirectoryWriter) -> None:
         self.config = config
-        self.started_at = now
         self.directory = directory
         self._blocks = Blocks(config, directory)
         self._tiering = Tiering(self._blocks)
@@ -94,13 +93,13 @@ class NodeCore:
         """All that were opened or restored."""
         return list(self._blocks.namespaces)
 
-    def restore(self, records: Iterable[SsdRecord], now: float) -> Effects:
+    def restore(self, records: Iterable[SsdRecord]) -> Effects:
         """Takes over the blocks of the SSD index, at start only.
 
         Records that cannot be used come back as drops with row -1.
         """
         self._transfers.restored(restore_blocks(self._blocks, records))
-        return self._finish(now)
+        return self._take_effects()
 
     def open_session(self, session_id: int) -> None:
         """A client came. ResourceExhaustedError at the limit of sessions."""
@@ -254,7 +253,9 @@ class NodeCore:
 
         return self._request(session_id, request_id, call, now)
 
-    def match(self, session_id: int, request_id: int, ns_id: int, keys: bytes) -> Effects:
+    def match(
+        self, session_id: int, request_id: int, ns_id: int, keys: bytes, now: float
+    ) -> Effects:
         """Tiers of the leading blocks held; Matched follows."""
 
         def call(_session: Session) -> None:
@@ -262,8 +263,7 @@ class NodeCore:
             tiers = self._acquires.match(namespace, names)
             self._reply(session_id, request_id, Matched(tiers))
 
-        self._answer(session_id, request_id, call)
-        return self._take_effects()
+        return self._request(session_id, request_id, call, now)
 
     # Ends of disk requests
 
@@ -377,10 +377,6 @@ class NodeCore:
     def _request(
         self, session_id: int, request_id: int, call: Callable[[Session], None], now: float
     ) -> Effects:
-        self._answer(session_id, request_id, call)
-        return self._finish(now)
-
-    def _answer(self, session_id: int, request_id: int, call: Callable[[Session], None]) -> None:
         try:
             session = self._sessions.get(session_id)
             if session is None or session.quarantined:

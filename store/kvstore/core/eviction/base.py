@@ -104,8 +104,9 @@ class RankWindow:
 
     def _still_valid(self, rows: Rows) -> Rows:
         policy = self._policy
-        here = (policy.table.state_in(policy.tier)[rows] == LIVE) & (policy.rank[rows] <= self._top)
-        return rows[here]
+        live = policy.table.state_in(policy.tier)[rows] == LIVE
+        valid: Rows = rows[live & (policy.rank[rows] <= self._top)]
+        return valid
 
     def _leaves_first(self, rows: Rows, count: int, eligible: Eligible) -> Rows:
         policy, table = self._policy, self._policy.table
