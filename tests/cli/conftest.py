@@ -1,0 +1,18 @@
+"""A master with one fake node, for commands to look at."""
+
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.master.rig import Master, start_master
+
+
+@pytest.fixture
+async def master(tmp_path: Path) -> AsyncIterator[Master]:
+    """A master on a port of its own."""
+    async with start_master(tmp_path / "master") as started:
+        yield started
