@@ -384,6 +384,7 @@ class NodeCore:
             call(session)
         except KVStoreError as error:
             self._reply(session_id, request_id, Failed(error))
+        return self._finish(now)
 
     def _reply(self, session_id: int, request_id: int, body: Body) -> None:
         self._blocks.out.replies.append(Reply(session_id, request_id, body))
