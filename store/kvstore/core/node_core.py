@@ -253,9 +253,7 @@ class NodeCore:
 
         return self._request(session_id, request_id, call, now)
 
-    def match(
-        self, session_id: int, request_id: int, ns_id: int, keys: bytes, now: float
-    ) -> Effects:
+    def match(self, session_id: int, request_id: int, ns_id: int, keys: bytes) -> Effects:
         """Tiers of the leading blocks held; Matched follows."""
 
         def call(_session: Session) -> None:
@@ -263,7 +261,8 @@ class NodeCore:
             tiers = self._acquires.match(namespace, names)
             self._reply(session_id, request_id, Matched(tiers))
 
-        return self._request(session_id, request_id, call, now)
+        self._answer(session_id, request_id, call)
+        return self._take_effects()
 
     # Ends of disk requests
 
@@ -377,6 +376,10 @@ class NodeCore:
     def _request(
         self, session_id: int, request_id: int, call: Callable[[Session], None], now: float
     ) -> Effects:
+        self._answer(session_id, request_id, call)
+        return self._finish(now)
+
+    def _answer(self, session_id: int, request_id: int, call: Callable[[Session], None]) -> None:
         try:
             session = self._sessions.get(session_id)
             if session is None or session.quarantined:
@@ -384,7 +387,6 @@ class NodeCore:
             call(session)
         except KVStoreError as error:
             self._reply(session_id, request_id, Failed(error))
-        return self._finish(now)
 
     def _reply(self, session_id: int, request_id: int, body: Body) -> None:
         self._blocks.out.replies.append(Reply(session_id, request_id, body))
