@@ -25,12 +25,13 @@ def build_engine(config: EngineConfig) -> Engine:
     loaded = load_model(config.model, config.dtype)
     num_pages = count_pages(config, loaded)
     spec = cache_spec(config, loaded)
+    # Before the connector: no thread of it is left behind when the memory is not there.
+    pages = allocate_pages(loaded.config, num_pages, config.page_tokens, loaded.model.dtype)
     connector = None
     if config.kv_transfer_config is not None:
         engine_id = config.kv_transfer_config.engine_id or config.engine_id or uuid.uuid4().hex
         connector = make_connector(config.kv_transfer_config, spec, engine_id)
     root = connector.root if connector else namespace_root(spec)
-    pages = allocate_pages(loaded.config, num_pages, config.page_tokens, loaded.model.dtype)
     return Engine(config, loaded.model, loaded.config, pages, root, connector)
 
 

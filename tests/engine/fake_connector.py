@@ -117,8 +117,10 @@ class FakeConnector:
 
     def answer_all(self) -> None:
         """Everything outstanding is due now."""
-        for transfer in (*self._loads, *self._saves):
-            transfer.due = self.tick
+        for load in self._loads:
+            load.due = self.tick
+        for save in self._saves:
+            save.due = self.tick
 
     def counters(self) -> dict[str, float]:
         return {"fake_loads": float(self.loads_started)}

@@ -1,5 +1,7 @@
 """What a request may ask for, how it ends, and what is counted."""
 
+import time
+
 import pytest
 from kvstore.errors import InvalidArgumentError, KVStoreError, ResourceExhaustedError
 
@@ -97,11 +99,10 @@ def test_logprobs_come_with_each_token() -> None:
 
 
 def test_a_seed_gives_the_same_tokens_whatever_else_runs() -> None:
-    sampling = {"temperature": 5.0, "seed": 7}
-    alone = Rig().ask("r", [1, 2, 3], 12, **sampling)
+    alone = Rig().ask("r", [1, 2, 3], 12, temperature=5.0, seed=7)
     busy = Rig(num_pages=10, max_batch_tokens=8)
     busy.add("other", [4] * 9, 12, temperature=2.0)
-    busy.add("r", [1, 2, 3], 12, **sampling)
+    busy.add("r", [1, 2, 3], 12, temperature=5.0, seed=7)
     busy.run()
     assert busy.answers["r"].tokens == alone.tokens
 
@@ -142,8 +143,6 @@ def test_bookkeeping_of_a_step_is_far_below_a_millisecond_at_batch_32() -> None:
         rig.add(f"r{i}", [(i + j) % 90 for j in range(100)], 40)
     while rig.engine.scheduler.waiting:
         rig.engine.step()
-    import time
-
     rig.engine._clock = time.perf_counter
     best = 1.0
     for _ in range(20):

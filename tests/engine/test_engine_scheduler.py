@@ -1,6 +1,7 @@
 """Scheduling: the token budget, order, admission, preemption."""
 
 import pytest
+from kvstore.core.keys import block_keys
 from kvstore_engine.request import RequestState
 
 from tests.engine.fake_connector import FakeConnector, Manner
@@ -142,17 +143,14 @@ def test_every_state_of_a_request_is_told() -> None:
 
 
 def test_hashing_is_done_once_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvstore_engine import request as module
-
     hashed: list[int] = []
-    original = module.block_keys
 
     def counting(root: bytes, tokens: list[int], *rest: object, **more: object) -> list[bytes]:
-        keys = original(root, tokens, *rest, **more)  # type: ignore[arg-type]
+        keys = block_keys(root, tokens, *rest, **more)  # type: ignore[arg-type]
         hashed.append(len(keys))
         return keys
 
-    monkeypatch.setattr(module, "block_keys", counting)
+    monkeypatch.setattr("kvstore_engine.request.block_keys", counting)
     rig = Rig(num_pages=64)
     rig.ask("r", prompt(0, 22), 11)
     # 33 tokens are 8 full blocks of 4; the last token, number 33, is not computed.
