@@ -45,8 +45,8 @@ class Blocks:
         self.dram_policy = make_policy(config.dram_policy, self.table, Tier.DRAM)
         self.ssd_policy = make_policy(config.ssd_policy, self.table, Tier.SSD)
         self.ghosts = Ghosts(config.ghost_entries)
-        self.namespaces: list[Namespace] = []
-        self.slot_bytes: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)  # by namespace id
+        self.namespaces: dict[int, Namespace] = {}  # ids from 1 on
+        self.slot_bytes: npt.NDArray[np.int64] = np.zeros(1, dtype=np.int64)  # by namespace id
         self.shard_checksums: dict[int, tuple[int, ...]] = {}  # of blocks with several shards
         self.held_dead: set[int] = set()  # DEAD rows that a client may still write into
         self.drops_out = 0  # removals from the SSD index that are not durable yet
@@ -59,14 +59,14 @@ class Blocks:
 
     def add_namespace(self, root: bytes, block_bytes: int) -> Namespace:
         """A namespace of the next id."""
-        namespace = Namespace(len(self.namespaces), root, block_bytes)
-        self.namespaces.append(namespace)
+        namespace = Namespace(len(self.namespaces) + 1, root, block_bytes)
+        self.namespaces[namespace.id] = namespace
         self.slot_bytes = np.append(self.slot_bytes, namespace.slot_bytes)
         return namespace
 
     def namespace_of(self, root: bytes, block_bytes: int) -> Namespace:
         """The namespace of a root, made if need be."""
-        for namespace in self.namespaces:
+        for namespace in self.namespaces.values():
             if namespace.root == root:
                 return namespace
         if len(self.namespaces) >= self.config.namespaces_max:
@@ -79,7 +79,7 @@ class Blocks:
         """Rows by their namespace; mostly there is one."""
         ids = self.table.namespace[rows]
         if len(rows) and (ids == ids[0]).all():
-            yield self.namespaces[ids[0]], rows
+            yield self.namespaces[int(ids[0])], rows
             return
         for number in np.unique(ids).tolist():
             yield self.namespaces[number], rows[ids == number]

@@ -37,9 +37,9 @@ class RequestChecks:
 
     def keys(self, ns_id: int, keys: bytes, parent: bytes) -> tuple[Namespace, list[bytes]]:
         """The namespace of a request, and its keys one by one."""
-        if not 0 <= ns_id < len(self._blocks.namespaces):
+        namespace = self._blocks.namespaces.get(ns_id)
+        if namespace is None:
             raise NotFoundError(f"namespace {ns_id} was not opened on this node")
-        namespace = self._blocks.namespaces[ns_id]
         names = split_keys(keys)
         if len(names) > self._config.keys_per_request_max:
             raise InvalidArgumentError(

@@ -91,7 +91,7 @@ class NodeCore:
 
     def namespaces(self) -> list[Namespace]:
         """All that were opened or restored."""
-        return list(self._blocks.namespaces)
+        return list(self._blocks.namespaces.values())
 
     def restore(self, records: Iterable[SsdRecord]) -> Effects:
         """Takes over the blocks of the SSD index, at start only.

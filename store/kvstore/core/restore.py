@@ -43,7 +43,7 @@ def restore_blocks(blocks: Blocks, records: Iterable[SsdRecord]) -> int:
 
 
 def _namespace(blocks: Blocks, root: bytes, nbytes: int) -> Namespace | None:
-    for namespace in blocks.namespaces:
+    for namespace in blocks.namespaces.values():
         if namespace.root == root:
             return namespace if namespace.block_bytes == nbytes else None
     if len(blocks.namespaces) >= blocks.config.namespaces_max or nbytes <= 0:

@@ -161,7 +161,7 @@ class Transfers:
     def start_reads(self, rows: Rows) -> int:
         """Loads blocks of one namespace that are on SSD only; how many found a slot to go to."""
         blocks, table = self.blocks, self.blocks.table
-        space = blocks.namespaces[table.namespace[rows[0]]]
+        space = blocks.namespaces[int(table.namespace[rows[0]])]
         offsets = self.tiering.allocate_dram(space.slot_bytes, len(rows))
         rows = rows[: len(offsets)]
         if not len(rows):
