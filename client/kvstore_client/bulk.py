@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from kvstore.core.types import AckLevel, EndReason, ReserveStatus
-from kvstore.errors import InvalidArgumentError
 
-from kvstore_client.copying import as_bytes
+from kvstore_client.copying import Blocks
 from kvstore_client.wire import Keys, joined_keys
 
 if TYPE_CHECKING:
@@ -48,46 +47,6 @@ class Got:
     reason: EndReason
 
 
-class Blocks:
-    """Consecutive blocks of private memory: one buffer, or one buffer a block."""
-
-    def __init__(self, data: Any, count: int, nbytes: int, *, write: bool = False) -> None:
-        self._nbytes = nbytes
-        self._each = [as_bytes(item, write=write) for item in data] if _is_list(data) else None
-        self._whole = None if self._each is not None else as_bytes(data, write=write)
-        sizes = {len(item) for item in self._each} if self._each is not None else {nbytes}
-        have = len(self._each) if self._each is not None else len(self._whole_bytes) // nbytes
-        if sizes - {nbytes} or have < count:
-            raise InvalidArgumentError(
-                f"the buffer has room for {have} blocks of {sorted(sizes)} bytes; "
-                f"{count} of {nbytes} are needed"
-            )
-
-    @property
-    def _whole_bytes(self) -> npt.NDArray[np.uint8]:
-        assert self._whole is not None
-        return self._whole
-
-    def part(self, first: int, count: int) -> Any:
-        """Blocks ``first`` … as ``Lease.copy_into`` takes them."""
-        if self._each is not None:
-            return self._each[first : first + count]
-        return self._whole_bytes[first * self._nbytes : (first + count) * self._nbytes]
-
-    def fill(self, write: Write, at: int, first: int, count: int) -> None:
-        """Copies blocks ``at + first`` … into the slots of ``write``, whose block 0 is ``at``."""
-        if self._each is None:
-            write.put_range(first, self.part(at + first, count))
-            return
-        for index in range(first, first + count):
-            if write.statuses[index] == ReserveStatus.SLOT:
-                write.put(index, self._each[at + index])
-
-
-def _is_list(data: Any) -> bool:
-    return isinstance(data, list | tuple)
-
-
 def _slices(count: int, nbytes: int) -> Iterator[tuple[int, int]]:
     step = max(1, SLICE_BYTES // nbytes)
     for first in range(0, count, step):
@@ -110,11 +69,20 @@ class _Part:
         full = np.flatnonzero(self.write.statuses == ReserveStatus.FULL)
         usable = int(full[0]) if len(full) else self.write.count
         for first, some in _slices(usable, self.write.nbytes):
-            blocks.fill(self.write, self.at, first, some)
+            self._copy(blocks, first, some)
             await asyncio.sleep(0)
         self.chosen = np.flatnonzero(self.write.statuses[:usable] == ReserveStatus.SLOT)
         self.committing = asyncio.create_task(self.write.commit(self.chosen))
         return not len(full)
+
+    def _copy(self, blocks: Blocks, first: int, count: int) -> None:
+        data = blocks.part(self.at + first, count)
+        if not isinstance(data, list):
+            self.write.put_range(first, data)
+            return
+        for index, block in enumerate(data, first):
+            if self.write.statuses[index] == ReserveStatus.SLOT:
+                self.write.put(index, block)
 
     async def settle(self) -> None:
         """Leaves nothing behind, whatever happened."""
@@ -174,8 +142,8 @@ async def get(
     """Copies blocks while later ones still arrive."""
     lease = await namespace.acquire(keys, parent, timeout_s)
     try:
-        blocks = Blocks(out, 0, lease.block_bytes, write=True)
         async for first, count in lease.arrivals():
+            blocks = Blocks(out, first + count, lease.block_bytes, write=True)
             for at, some in _slices(count, lease.block_bytes):
                 lease.copy_into(blocks.part(first + at, some), first + at, some)
                 await asyncio.sleep(0)

@@ -49,8 +49,8 @@ class AsyncClient:
         self.client_id = client_id or uuid.uuid4().hex
         self.on_lost = on_lost
         self.welcome = node_pb2.Welcome()
+        self.engine_id = engine_id
         self._name = name or f"pid {os.getpid()}"
-        self._engine_id = engine_id
         self._populate = populate
         self._session: Session | None = None
         self._mapping: Mapping | None = None
@@ -198,7 +198,7 @@ class AsyncClient:
             process_start_ticks=identity.start_ticks,
             name=self._name,
             settled=True,
-            engine_id=self._engine_id,
+            engine_id=self.engine_id,
         )
         self._session = Session(self.address, self._lost)
         self.welcome = await self._session.open(hello, self.timeout_s)

@@ -44,6 +44,35 @@ def as_bytes(data: Any, *, write: bool = False) -> Bytes:
     return flat
 
 
+class Blocks:
+    """Consecutive blocks of private memory: one buffer, or a list of one buffer a block.
+
+    Raises InvalidArgumentError if it cannot hold ``count`` blocks of ``nbytes``.
+    """
+
+    def __init__(self, data: Any, count: int, nbytes: int, *, write: bool = False) -> None:
+        self.each: list[Bytes] | None = None
+        self.whole: Bytes = np.empty(0, dtype=np.uint8)
+        if isinstance(data, list | tuple):
+            self.each = [as_bytes(item, write=write) for item in data[:count]]
+            good = len(self.each) == count and all(len(item) == nbytes for item in self.each)
+            have = f"{len(data)} buffers of {sorted({len(item) for item in self.each})} bytes"
+        else:
+            whole = as_bytes(data, write=write)
+            self.whole = whole[: count * nbytes]
+            good = len(self.whole) == count * nbytes
+            have = f"a buffer with room for {len(whole) // nbytes} blocks"
+        if not good:
+            raise InvalidArgumentError(f"{have}; {count} of {nbytes} are needed")
+        self._nbytes = nbytes
+
+    def part(self, first: int, count: int) -> Bytes | list[Bytes]:
+        """``count`` blocks from ``first`` on."""
+        if self.each is not None:
+            return self.each[first : first + count]
+        return self.whole[first * self._nbytes : (first + count) * self._nbytes]
+
+
 def spans(offsets: Offsets, step: int) -> list[tuple[int, int]]:
     """Ranges of indices, first and end, whose slots follow each other at ``step`` bytes."""
     if not len(offsets):

@@ -12,7 +12,7 @@ from kvstore.core.types import EndReason
 from kvstore.errors import InternalError, KVStoreError, UnavailableError
 from kvstore_proto import node_pb2
 
-from kvstore_client.copying import as_bytes, gather, slot_bytes
+from kvstore_client.copying import Blocks, gather, slot_bytes
 from kvstore_client.mapping import Mapping
 from kvstore_client.session import Session
 from kvstore_client.views import SlotViews
@@ -99,12 +99,12 @@ class Lease:
         end = self.granted if count is None else first + count
         if first < end:
             self.blocks.bytes_at(end - 1)
-        if isinstance(out, list | tuple):
-            for index, target in zip(range(first, end), out, strict=False):
-                np.copyto(as_bytes(target, write=True), self.blocks.bytes_at(index))
+        targets = Blocks(out, end - first, self.block_bytes, write=True)
+        if targets.each is None:
+            gather(self._mapping.pool, self.offsets[first:end], self.block_bytes, targets.whole)
         else:
-            target = as_bytes(out, write=True)[: (end - first) * self.block_bytes]
-            gather(self._mapping.pool, self.offsets[first:end], self.block_bytes, target)
+            for index in range(first, end):
+                np.copyto(targets.each[index - first], self.blocks.bytes_at(index))
         if not self.still_valid(first, end - first):
             raise UnavailableError("the lease was lost during the copy; what was read is discarded")
         return end - first

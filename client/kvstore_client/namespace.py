@@ -12,6 +12,7 @@ import numpy.typing as npt
 from kvstore.core.keys import TokenIds, block_keys, salt_extra
 from kvstore.core.spec import CacheSpec
 from kvstore.core.types import AckLevel
+from kvstore.errors import InvalidArgumentError
 from kvstore_proto import node_pb2
 
 from kvstore_client.bulk import Got, Put, get, put
@@ -113,6 +114,7 @@ class Namespace:
         """
         client = self._client
         client.check_open()
+        shard.check(self.spec.block_bytes)
         request = node_pb2.Reserve(
             namespace_id=self.id,
             keys=joined_keys(keys),
@@ -152,6 +154,8 @@ class Namespace:
 
     def hbm_events(self, stored: Keys = b"", removed: Keys = b"", *, cleared: bool = False) -> None:
         """Tells which blocks came into and left this engine's own pages; needs no answer."""
+        if not self._client.engine_id:
+            raise InvalidArgumentError("HBM events need a client with an engine_id")
         session = self._client.session
         gone, come = joined_keys(removed), joined_keys(stored)
         size = _HBM_KEYS_MAX * 32

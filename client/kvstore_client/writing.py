@@ -30,13 +30,12 @@ class Shard:
     index: int = 0
     count: int = 1
 
-    def bytes_of(self, block_bytes: int) -> int:
-        """Bytes of one shard; InvalidArgumentError where blocks have no such part."""
+    def check(self, block_bytes: int) -> None:
+        """InvalidArgumentError where blocks of that size have no such part."""
         if not 0 <= self.index < self.count:
             raise InvalidArgumentError(f"shard {self.index} of {self.count}: there is none")
         if block_bytes % self.count:
             raise InvalidArgumentError(f"{block_bytes} bytes do not split into {self.count} shards")
-        return block_bytes // self.count
 
 
 class Write:
@@ -58,9 +57,8 @@ class Write:
         self.level = level
         self.count = count = len(request.keys) // 32
         self.statuses: npt.NDArray[np.uint8] = np.zeros(count, dtype=np.uint8)
-        shard = Shard(request.shard_index, request.num_shards or 1)
-        self.nbytes = shard.bytes_of(block_bytes)
-        self._shift = shard.index * self.nbytes
+        self.nbytes = block_bytes // request.num_shards
+        self._shift = request.shard_index * self.nbytes
         self._offsets: npt.NDArray[np.int64] = np.full(count, -1, dtype=np.int64)
         self._open: npt.NDArray[np.bool_] = np.zeros(count, dtype=np.bool_)
         self._digests: npt.NDArray[np.uint64] = np.zeros(count, dtype=np.uint64)

@@ -42,6 +42,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         self.requests: list[Request] = []
         self.answer: Callable[[Request], list[Response] | None] = lambda request: None
         self.hang_up = asyncio.Event()
+        self._arrived = asyncio.Event()
         self._reserved: dict[int, dict[int, bytes]] = {}
         self._offsets: dict[tuple[int, int], int] = {}
         self._next_offset = 0
@@ -89,7 +90,8 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         """Until ``count`` requests of that kind have come."""
         async with asyncio.timeout(5):
             while self.kinds().count(kind) < count:
-                await asyncio.sleep(0.005)
+                self._arrived.clear()
+                await self._arrived.wait()
 
     async def Session(  # type: ignore[override]
         self, request_iterator: object, context: Any
@@ -106,9 +108,10 @@ class FakeNode(node_pb2_grpc.NodeServicer):
                 hanging.cancel()
                 return
             self.requests.append(request)
+            self._arrived.set()
             responses = self.answer(request)
             for response in self.own_answer(request) if responses is None else responses:
-                response.id = request.id
+                response.id = response.id or request.id
                 await context.write(response)
 
     async def Stats(self, request: node_pb2.StatsRequest, context: Any) -> node_pb2.StatsResponse:
@@ -213,6 +216,20 @@ class FakeNode(node_pb2_grpc.NodeServicer):
     def _prefetch(self, request: Request) -> list[Response]:
         count = len(request.prefetch.keys) // 32
         return [Response(prefetched=node_pb2.Prefetched(started=count))]
+
+    def error(self, code: int, message: str) -> list[Response]:
+        """The answer that refuses a request."""
+        return [Response(error=node_pb2.SessionError(code=code, message=message))]
+
+    def refuse(self, kind: str, code: int, message: str) -> None:
+        """Answers every request of that kind with an error."""
+        self.answer = lambda request: (
+            self.error(code, message) if request.WhichOneof("request") == kind else None
+        )
+
+    def ignore(self, *kinds: str) -> None:
+        """Answers no request of these kinds."""
+        self.answer = lambda request: [] if request.WhichOneof("request") in kinds else None
 
     def open_slots(self) -> int:
         """Slots that were reserved and neither committed nor given back."""
