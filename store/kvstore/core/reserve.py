@@ -164,16 +164,17 @@ class Reserves:
         """Gives keys their status from ``next`` on, until one finds no slot."""
         blocks, table = self.blocks, self.blocks.table
         keys = reservation.keys[reservation.next :]
+        parent = self._parent_row(reservation)
         rows = table.lookup(keys)
         statuses = self._statuses(reservation, rows, now)
-        wanting = np.flatnonzero(statuses == _OPEN)
-        new = int((rows[wanting] < 0).sum())
-        if new >= table.room():  # one row is for the parent
-            wanting = wanting[: max(0, table.room() - 1)]
-        parent = self._parent_row(reservation)
         used = np.append(rows, parent)
         used = used[used >= 0]
         table.pins[used] += 1  # what is looked at must not be evicted for the rest
+        wanting = np.flatnonzero(statuses == _OPEN)
+        new = int((rows[wanting] < 0).sum())
+        self.tiering.make_rows(new)
+        if new > table.room():
+            wanting = wanting[: table.room()]
         slot_bytes = reservation.namespace.slot_bytes
         offsets = self.tiering.allocate_dram(slot_bytes, len(wanting)) if len(wanting) else wanting
         table.pins[used] -= 1

@@ -147,6 +147,20 @@ class Tiering:
         self.blocks.drop_ssd(rows, EndReason.EVICTED)
         self.blocks.count("evicted_ssd_blocks", len(rows))
 
+    def make_rows(self, count: int) -> None:
+        """Where the table is full, evicts last copies until it has room for that many blocks."""
+        missing = count - self.blocks.table.room()
+        if missing > 0 and self.blocks.ssd is None:
+            victims = self.blocks.dram_policy.select(missing, self._may_leave_dram)
+            if len(victims):
+                self.evict_dram(victims)
+        elif missing > self.blocks.drops_out:
+            victims = self.blocks.ssd_policy.select(missing, self._only_on_ssd)
+            self.evict_ssd(victims)
+
+    def _only_on_ssd(self, rows: Rows) -> Mask:
+        return self.may_leave_ssd(rows) & (self.blocks.table.dram_state[rows] == DramState.NONE)
+
     def allocate_ssd(self, slot_bytes: int, count: int) -> Offsets:
         """Free slots; what is missing is evicted, and there once the removals are durable."""
         blocks = self.blocks
