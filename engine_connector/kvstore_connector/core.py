@@ -10,7 +10,7 @@ from kvstore_connector.config import ConnectorConfig
 from kvstore_connector.counters import Counters
 from kvstore_connector.hbm import HbmBlocks
 from kvstore_connector.link import Link
-from kvstore_connector.loads import Load, Loads
+from kvstore_connector.loads import Loads
 from kvstore_connector.lookups import Lookups
 from kvstore_connector.outbox import Finished, Outbox
 from kvstore_connector.pages import Bytes, PageRows
@@ -73,8 +73,8 @@ class ConnectorCore:
             pages,
             self._outbox,
             self._counters,
-            # Pages that wait to be saved are lost to the engine: never more than a quarter.
-            queue_bytes=min(self.config.save_queue_bytes, rows.nbytes // 4),
+            # Pages that wait to be saved are lost to the engine: never more than half of them.
+            queue_bytes=min(self.config.save_queue_bytes, rows.nbytes // 2),
             batch_bytes=self.config.save_batch_bytes,
             timeout_s=self.config.save_timeout_s,
         )
@@ -90,18 +90,9 @@ class ConnectorCore:
     def start_load(self, request_id: str, first: int, pages: Sequence[int]) -> None:
         """Loads blocks ``first …`` of the request into ``pages``."""
         assert self._loads is not None, "register_pages comes first"
-        keys, next_key = self._lookups.chain(request_id, first, len(pages))
-        nbytes = len(pages) * self.spec.block_bytes
-        self._loads.start(
-            Load(
-                request_id,
-                self._lookups.parent(request_id, first),
-                keys,
-                list(pages),
-                next_key,
-                time.monotonic() + self.config.load_seconds(nbytes),
-            )
-        )
+        limit_s = self.config.load_seconds(len(pages) * self.spec.block_bytes)
+        deadline_s = time.monotonic() + limit_s
+        self._loads.start(self._lookups.load(request_id, first, list(pages), deadline_s))
 
     def save(self, parent: bytes | None, keys: list[bytes], pages: list[int]) -> None:
         """Saves consecutive blocks behind ``parent``; what the store has already is skipped."""

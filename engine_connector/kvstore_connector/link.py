@@ -1,15 +1,16 @@
 """The connector's thread: one event loop, one client, connected again whenever it was lost."""
 
 import asyncio
+import hashlib
 import logging
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from kvstore.core.keys import KEY_BYTES, namespace_root
+from kvstore.core.keys import namespace_root
 from kvstore.core.spec import CacheSpec
 from kvstore.core.types import EndReason
-from kvstore.errors import KVStoreError, PreconditionError
+from kvstore.errors import KVStoreError, PreconditionError, UnavailableError
 
 from kvstore_connector.counters import Counters
 from kvstore_connector.store import Client, Connect, Namespace
@@ -20,7 +21,7 @@ BACKOFF_S_MIN = 0.2
 BACKOFF_S_MAX = 2.0
 PROBE_INTERVAL_S = 0.5
 CLOSE_S_MAX = 3.0
-_PROBE_KEY = bytes(KEY_BYTES)
+_PROBE_KEY = hashlib.sha256(b"kvstore connector probe").digest()
 
 
 async def end_of_chain(namespace: Namespace, key: bytes, parent: bytes | None) -> EndReason:
@@ -183,9 +184,10 @@ class Link:
             while await end_of_chain(namespace, _PROBE_KEY, None) == EndReason.TIMED_OUT:
                 self._counters.add("connector_stalls")
                 await asyncio.sleep(PROBE_INTERVAL_S)
+        except UnavailableError:
+            return  # a new session follows
         except KVStoreError as error:
-            log.debug("the node's session is lost: %s", error)
-            return
+            log.debug("the node refused a probe, and so is there: %s", error)
         self._probe = None
         self.namespace = namespace
 

@@ -37,12 +37,19 @@ class Load:
     keys: list[bytes]
     pages: list[int]
     next_key: bytes | None
+    tiers_seen: list[int]  # where each block was when its request came; 0: nowhere
     deadline_s: float  # on the monotonic clock
     cancelled: bool = False
     finished: bool = False
     blocks: int = 0  # leading blocks whose bytes are proven to be in their pages
     end_reason: str = UNAVAILABLE
     tiers: Counter[str] = field(default_factory=Counter)
+
+    def count(self, sources: list[int]) -> None:
+        """More blocks are in their pages; a block fetched ahead counts as of the slower tier."""
+        seen = self.tiers_seen[self.blocks : self.blocks + len(sources)]
+        self.tiers.update(Tier(max(pair)).name.lower() for pair in zip(sources, seen, strict=True))
+        self.blocks += len(sources)
 
     def result(self) -> FinishedLoad:
         """What the engine is told."""
@@ -152,9 +159,7 @@ class Loads:
                 break
             # Raises if the session was lost and the slots have other contents since.
             done = lease.copy_into(piece, load.blocks, len(piece) // self._pages.page_bytes)
-            for tier in lease.sources[load.blocks : load.blocks + done].tolist():
-                load.tiers[Tier(tier).name.lower()] += 1
-            load.blocks += done
+            load.count(lease.sources[load.blocks : load.blocks + done].tolist())
         self._counters.add("connector_load_copy_seconds", time.perf_counter() - started_s)
 
     def _finish(self, load: Load) -> None:

@@ -10,7 +10,7 @@ from kvstore_connector.config import ConnectorConfig
 from kvstore_connector.counters import Counters
 from kvstore_connector.hbm import HbmBlocks
 from kvstore_connector.link import Link, end_of_chain
-from kvstore_connector.loads import UNAVAILABLE
+from kvstore_connector.loads import UNAVAILABLE, Load
 from kvstore_connector.store import Namespace
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,10 @@ class Lookup:
     """One request's prompt blocks and what is known about where they end."""
 
     keys: list[bytes]
+    first_seen: int  # index of the first block that was looked for in the directory
+    tiers_seen: list[int]  # where blocks were when the request came, before any prefetch
     found_end: int = 0  # index after the last block that the directory had
+    asked_at: int = -1  # index of the block whose absence the node was asked to explain
     reason_at: int = -1  # index of the block that ``reason`` is about
     reason: str = NEVER_STORED
 
@@ -47,16 +50,15 @@ class Lookups:
 
     def start(self, request_id: str, keys: list[bytes]) -> None:
         """A request arrived: sets its look-up going."""
-        lookup = self._open[request_id] = Lookup(keys)
         namespace = self._link.namespace
         if namespace is None or not self._config.loads:
+            self._open[request_id] = Lookup(keys, 0, [])
             return
         first = self._hbm.leading(keys)
-        count, slow = self._in_directory(namespace, keys[first:])
-        if slow:
-            self._link.submit(self._spawn_prefetch, namespace, keys[: first + count], first)
-        if first + count < len(keys):
-            self._link.submit(self._spawn_explain, namespace, lookup, first + count)
+        tiers = self._in_directory(namespace, keys[first:])
+        self._open[request_id] = Lookup(keys, first, tiers)
+        if max(tiers, default=0) >= Tier.SSD:
+            self._link.submit(self._spawn_prefetch, namespace, keys[: first + len(tiers)], first)
 
     def match(self, request_id: str, first: int) -> tuple[int, str]:
         """How many blocks from ``first`` on can be loaded, and why not more."""
@@ -68,41 +70,48 @@ class Lookups:
         namespace = self._link.namespace
         if namespace is None:
             return 0, UNAVAILABLE
-        count, _ = self._in_directory(namespace, lookup.keys[first:])
+        count = len(self._in_directory(namespace, lookup.keys[first:]))
         lookup.found_end = first + count
         if count < self._config.min_load_blocks:
             count = 0
         if lookup.found_end == len(lookup.keys):
             return count, COMPLETE
+        if not count:  # a load asks by itself
+            self._explain_once(namespace, lookup)
         known = lookup.reason_at == lookup.found_end
         return count, lookup.reason if known else NEVER_STORED
 
-    def chain(self, request_id: str, first: int, count: int) -> tuple[list[bytes], bytes | None]:
-        """Keys of the blocks to load, and the key behind them if the directory lacks that one."""
-        lookup = self._open.get(request_id)
-        if lookup is None:
-            return [], None
-        end = first + count
-        absent = end == lookup.found_end and end < len(lookup.keys)
-        return lookup.keys[first:end], lookup.keys[end] if absent else None
+    def load(self, request_id: str, first: int, pages: list[int], deadline_s: float) -> Load:
+        """The load of blocks ``first …`` into ``pages``.
 
-    def parent(self, request_id: str, first: int) -> bytes | None:
-        """The key before block ``first``; None at the root."""
-        lookup = self._open.get(request_id)
-        return lookup.keys[first - 1] if lookup is not None and first else None
+        It also asks for the block behind them if the directory lacks that, to learn why.
+        """
+        lookup = self._open.get(request_id) or Lookup([], 0, [])
+        keys, end = lookup.keys, first + len(pages)
+        absent = end == lookup.found_end and end < len(keys)
+        seen = dict(enumerate(lookup.tiers_seen, lookup.first_seen))
+        return Load(
+            request_id,
+            parent=keys[first - 1] if first and keys else None,
+            keys=keys[first:end],
+            pages=pages,
+            next_key=keys[end] if absent else None,
+            tiers_seen=[seen.get(index, 0) for index in range(first, end)],
+            deadline_s=deadline_s,
+        )
 
     def forget(self, request_id: str) -> None:
         """The request ended."""
         self._open.pop(request_id, None)
 
-    def _in_directory(self, namespace: Namespace, keys: list[bytes]) -> tuple[int, bool]:
-        """Leading blocks that the directory has, and whether one of them is slow to come by."""
+    def _in_directory(self, namespace: Namespace, keys: list[bytes]) -> list[int]:
+        """The tiers of the leading blocks that the directory has."""
         try:
-            match = namespace.match(keys)
+            tiers: list[int] = namespace.match(keys).tiers.tolist()
         except KVStoreError:
-            return 0, False
+            return []
         self._counters.add("connector_directory_lookups")
-        return match.count, bool((match.tiers >= Tier.SSD).any())
+        return tiers
 
     def _spawn_prefetch(self, namespace: Namespace, keys: list[bytes], first: int) -> None:
         self._link.spawn(self._prefetch(namespace, keys, first))
@@ -112,6 +121,11 @@ class Lookups:
             await namespace.prefetch(keys[first:], parent=keys[first - 1] if first else None)
         except KVStoreError as error:
             log.debug("a prefetch failed: %s", error)
+
+    def _explain_once(self, namespace: Namespace, lookup: Lookup) -> None:
+        if lookup.asked_at != lookup.found_end:
+            lookup.asked_at = lookup.found_end
+            self._link.submit(self._spawn_explain, namespace, lookup, lookup.found_end)
 
     def _spawn_explain(self, namespace: Namespace, lookup: Lookup, index: int) -> None:
         self._link.spawn(self._explain(namespace, lookup, index))

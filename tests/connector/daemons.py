@@ -38,7 +38,10 @@ class NodeProcess:
         command = [sys.executable, "-m", "kvstore.node.daemon", *self._flags]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
-        assert "ready" in self.process.stdout.readline()
+        line = self.process.stdout.readline()
+        if "ready" not in line:
+            self.close()
+            raise AssertionError(f"the node did not start: {line!r}")
         return self.process
 
     def signal(self, number: signal.Signals) -> None:
@@ -57,6 +60,7 @@ class NodeProcess:
         """Ends it and removes all its files."""
         if self.process.poll() is None:
             self.stop()
+        self._reap()
         shutil.rmtree(self.home)
         shutil.rmtree(self.pool_dir)
 
@@ -72,7 +76,7 @@ class Answer:
 
     tokens: list[int] = field(default_factory=list)
     cache: CacheUsage | None = None
-    seconds: float = 0.0
+    finished: bool = False
 
     @property
     def usage(self) -> CacheUsage:
@@ -101,6 +105,7 @@ class EngineRig:
             }
         self.engine: Engine = build_engine(parse_engine_config(values))
         self.engine.start()
+        self.answers: dict[str, Answer] = {}
         self._sent = 0
 
     @property
@@ -116,28 +121,33 @@ class EngineRig:
         name = f"request-{self._sent}"
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         self.engine.add_request(AddRequest(name, prompt, params))
+        self.answers[name] = Answer()
         return name
 
-    def ask(
-        self, *prompts: list[int], timeout_s: float = 30.0, max_tokens: int = 8
-    ) -> list[Answer]:
+    def step(self) -> None:
+        """One step, whose outputs go to ``answers``."""
+        for output in self.engine.step():
+            answer = self.answers[output.request_id]
+            answer.tokens += output.tokens
+            answer.cache = output.cache or answer.cache
+            if output.finish_reason is not None:
+                assert output.finish_reason == "length", output
+                answer.finished = True
+        if (wait_s := self.engine.wait_s()) != 0.0:
+            time.sleep(min(wait_s or 0.005, 0.005))
+
+    def finish(self, *names: str, timeout_s: float = 30.0) -> list[Answer]:
+        """Steps until these requests have ended."""
+        deadline_s = time.monotonic() + timeout_s
+        answers = [self.answers[name] for name in names]
+        while not all(answer.finished for answer in answers):
+            assert time.monotonic() < deadline_s, f"one of {names} did not end"
+            self.step()
+        return answers
+
+    def ask(self, *prompts: list[int]) -> list[Answer]:
         """Runs prompts to their end, side by side."""
-        started = time.monotonic()
-        answers = {self.submit(prompt, max_tokens): Answer() for prompt in prompts}
-        running = set(answers)
-        while running:
-            assert time.monotonic() - started < timeout_s, f"{running} did not end"
-            for output in self.engine.step():
-                answer = answers[output.request_id]
-                answer.tokens += output.tokens
-                answer.cache = output.cache or answer.cache
-                if output.finish_reason is not None:
-                    assert output.finish_reason == "length", output
-                    answer.seconds = time.monotonic() - started
-                    running.discard(output.request_id)
-            if (wait_s := self.engine.wait_s()) != 0.0:
-                time.sleep(min(wait_s or 0.005, 0.005))
-        return list(answers.values())
+        return self.finish(*[self.submit(prompt) for prompt in prompts])
 
     def saved(self, blocks: int, timeout_s: float = 10.0) -> None:
         """Steps until this many blocks are in the store."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from kvstore.core.keys import namespace_root
 from kvstore.core.types import Tier
-from kvstore.errors import UnavailableError
+from kvstore.errors import ResourceExhaustedError, UnavailableError
 from kvstore_connector import link
 
 from tests.connector.fake_store import FakeClient, FakeStore
@@ -97,12 +97,13 @@ def test_blocks_in_pages_are_kept_for_a_node_that_is_away(make_rig: Callable[...
 
 
 def test_blocks_in_pages_are_not_fetched_ahead(rig: Rig) -> None:
-    keys = rig.keys(4)
+    keys = rig.keys(6)
     rig.put(keys)
-    rig.core.pages_changed(keys, [])
-    rig.core.on_request("r", keys)
-    rig.core.on_request("s", [*keys, bytes(32)])
-    wait_until(lambda: rig.store.calls == ["acquire 1"])
+    rig.store.tiers = dict.fromkeys(keys, Tier.SSD)
+    rig.core.pages_changed(keys[:4], [])
+    rig.core.on_request("r", keys[:4])
+    rig.core.on_request("s", keys)
+    wait_until(lambda: rig.store.calls == ["prefetch 2"])
 
 
 def test_a_closed_connector_answers_with_misses(rig: Rig) -> None:
@@ -136,6 +137,7 @@ def test_a_session_lost_under_a_lookup_is_a_miss(rig: Rig) -> None:
 def test_a_stall_during_a_lookup_is_noticed(rig: Rig) -> None:
     rig.store.stalled = True
     rig.core.on_request("r", rig.keys(2))
+    rig.core.match("r", 0)
     wait_until(lambda: not rig.core.connected)
     wait_until(lambda: rig.core.counters().get("connector_stalls", 0) >= 1)
     rig.store.lose_session()
@@ -147,9 +149,11 @@ def test_a_stall_during_a_lookup_is_noticed(rig: Rig) -> None:
 def test_a_session_lost_under_a_probe_ends_it(rig: Rig) -> None:
     rig.store.stalled = True
     rig.core.on_request("r", rig.keys(2))
+    rig.core.match("r", 0)
     wait_until(lambda: rig.core.counters().get("connector_stalls", 0) >= 1)
     rig.store.stalled = False
     rig.store.raises = UnavailableError("gone")
+    wait_until(lambda: rig.store.calls.count("acquire 1") >= 3)
     rig.store.lose_session()
     wait_until(lambda: rig.store.sessions[0].reconnections == 1 and rig.core.connected)
 
@@ -166,3 +170,13 @@ def test_close_is_bounded_when_the_goodbye_is_not_answered(
     monkeypatch.setattr(rig.store.sessions[0], "close", never)
     rig.core.close()
     assert not rig.core.connected
+
+
+def test_a_node_that_refuses_a_probe_is_there(rig: Rig) -> None:
+    rig.store.stalled = True
+    rig.core.on_request("r", rig.keys(2))
+    rig.core.match("r", 0)
+    wait_until(lambda: rig.core.counters().get("connector_stalls", 0) >= 1)
+    rig.store.raises = ResourceExhaustedError("busy")
+    rig.store.stalled = False
+    wait_until(lambda: rig.core.connected)

@@ -40,6 +40,18 @@ def test_blocks_are_counted_by_the_tier_they_came_from(rig: Rig) -> None:
     assert "prefetch 8" in rig.store.calls
 
 
+def test_blocks_fetched_ahead_count_as_of_their_slower_tier(rig: Rig) -> None:
+    keys = rig.keys(8)
+    rig.put(keys)
+    rig.store.tiers = dict.fromkeys(keys[2:], Tier.SSD)
+    rig.core.on_request("r", keys)
+    rig.store.tiers = {}
+    assert rig.core.match("r", 1)[0] == 7
+    rig.core.start_load("r", 1, list(range(7)))
+    rig.wait(loads=1)
+    assert rig.loads[0].blocks_by_tier == {"dram": 1, "ssd": 6}
+
+
 def test_a_load_tells_why_the_chain_ended(rig: Rig) -> None:
     keys = rig.keys(6)
     rig.put(keys[:3])
@@ -62,8 +74,11 @@ def test_a_missing_block_gets_its_reason_without_waiting(rig: Rig) -> None:
 def test_a_block_stored_meanwhile_leaves_no_pin_behind(rig: Rig) -> None:
     keys = rig.keys(2)
     rig.core.on_request("r", keys)
-    wait_until(lambda: "acquire 1" in rig.store.calls)
-    assert rig.store.pinned == 0
+    assert rig.core.match("r", 0)[0] == 0
+    rig.core.match("r", 0)
+    rig.put(keys)
+    wait_until(lambda: rig.store.calls == ["acquire 1"])
+    wait_until(lambda: rig.store.pinned == 0)
 
 
 def test_match_beyond_the_prompt_is_complete(rig: Rig) -> None:

@@ -100,8 +100,8 @@ def test_I7_a_full_queue_drops_the_tail_of_a_chain(make_rig: Callable[..., Rig])
     assert not set(keys[5:] + more) & set(rig.store.blocks)
 
 
-def test_pages_waiting_are_at_most_a_quarter_of_all(make_rig: Callable[..., Rig]) -> None:
-    rig = make_rig(num_pages=16)
+def test_pages_waiting_are_at_most_half_of_all(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(num_pages=8)
     rig.store.hold_copy = threading.Event()
     rig.save(rig.keys(6))
     rig.wait(pages=2)
