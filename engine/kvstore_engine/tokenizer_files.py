@@ -152,7 +152,7 @@ def _pre_tokenizer(kind: str) -> Any:
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if kind in ("default", "gpt-2", "gpt2"):
         return words
-    if kind in ("smollm", "starcoder"):
+    if kind in ("smollm", "starcoder", "refact", "codeshell"):
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
     digits = {"llama-bpe": "{1,3}", "qwen2": ""}.get(kind)
     if digits is None:

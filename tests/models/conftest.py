@@ -1,6 +1,5 @@
-"""Shared pieces of the model tests: pages, reference models, and one thread under xdist."""
+"""One thread for torch, random numbers that repeat, and the way to the shared harness."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -9,13 +8,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.models.model_harness import one_thread_each
-
 
 @pytest.fixture(autouse=True, scope="session")
-def _threads() -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        one_thread_each()
+def _one_thread() -> None:
+    """Workers run side by side: threads that wait for each other would make all of them slow."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

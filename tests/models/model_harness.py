@@ -10,11 +10,6 @@ from kvstore_engine.pages import allocate_pages
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 
-def one_thread_each() -> None:
-    """Workers side by side must not share one machine's cores twice."""
-    torch.set_num_threads(1)
-
-
 def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     """``max |a - b| / max |b|``."""
     return float((ours - reference).abs().max() / reference.abs().max())
@@ -91,6 +86,20 @@ def random_decoder(config: ModelConfig) -> Decoder:
 
 def twin(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Any:
     """The model of transformers with the same weights."""
+    model = empty_twin(config)
+    load_twin(model, weights)
+    return model.eval()
+
+
+def load_twin(model: Any, weights: Any) -> None:
+    """All weights of a twin, but for a head that is the embedding."""
+    left = model.load_state_dict(weights, strict=False)
+    assert not left.unexpected_keys
+    assert left.missing_keys in ([], ["lm_head.weight"])
+
+
+def empty_twin(config: ModelConfig) -> Any:
+    """The model of transformers of the same shape."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope.theta}
     if config.rope.scaling in ("linear", "llama3"):
         rope |= {"rope_type": config.rope.scaling, "factor": config.rope.factor}
@@ -117,16 +126,9 @@ def twin(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Any:
         "eos_token_id": list(config.eos_token_ids) or None,
         "pad_token_id": None,
     }
-    qwen = config.architecture == "qwen3"
-    model = (
-        Qwen3ForCausalLM(Qwen3Config(**settings))
-        if qwen
-        else LlamaForCausalLM(LlamaConfig(**settings))
-    )
-    left = model.load_state_dict(weights, strict=False)
-    assert not left.unexpected_keys
-    assert left.missing_keys in ([], ["lm_head.weight"])
-    return model.eval()
+    if config.architecture == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**settings))
+    return LlamaForCausalLM(LlamaConfig(**settings))
 
 
 def twin_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
