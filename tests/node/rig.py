@@ -27,7 +27,7 @@ from kvstore.node.service import NodeService
 from kvstore.node.settings import NodeConfig
 from kvstore_proto import node_pb2, node_pb2_grpc
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 10.0
 BLOCK_BYTES = 16384
 SPEC = CacheSpec.raw("test", block_bytes=BLOCK_BYTES)
 SLOT, HAVE, FULL, BUSY = 1, 2, 3, 4

@@ -218,9 +218,8 @@ class Session:
         )
 
     def _match(self, request_id: int, request: node_pb2.Match, now: float) -> Effects:
-        return self._core.match(
-            self._client.id, request_id, request.namespace_id, request.keys, now
-        )
+        del now
+        return self._core.match(self._client.id, request_id, request.namespace_id, request.keys)
 
     def _hbm_events(self, request_id: int, request: node_pb2.HbmEvents, now: float) -> None:
         del request_id, now
