@@ -257,9 +257,9 @@ class Engine:
 
 def pages_to_lend(num_pages: int, max_context: int, page_tokens: int) -> int:
     """How many pages a connector may hold at once: what the longest request leaves, and at least
-    a quarter.
+    an eighth.
 
     Requests are held to what remains, so that pages which never come back stop nobody.
     """
     longest = -(-max_context // page_tokens)
-    return max(num_pages - longest, num_pages // 4)
+    return max(num_pages - longest, num_pages // 8, 1)

@@ -112,18 +112,19 @@ class Scheduler:
         return list(plan.chunks.values())
 
     def load_ended(self, load: Load, result: LoadResult) -> None:
-        """Puts the loaded blocks to use; the rest is computed like any other token."""
+        """Puts the loaded blocks to use; what is missing is computed like any other token."""
         request = load.request
         loaded = min(result.blocks, len(load.pages))
         request.num_computed = (load.first + loaded) * request.page_tokens
         self.register_blocks(request)
-        if not request.num_output:
-            complete = loaded == len(load.pages)
-            request.cache.end_reason = load.end_reason if complete else result.end_reason
-            tiers = result.tokens_by_tier
-            request.cache.dram = tiers.get("dram", 0)
-            request.cache.ssd = tiers.get("ssd", 0)
-            request.cache.remote = tiers.get("remote", 0)
+        reason = load.end_reason if loaded == len(load.pages) else result.end_reason
+        if load.later and loaded == len(load.pages):
+            first = load.first + loaded
+            if self._transfers.start_load(request, first, load.later, reason, load.deadline):
+                self._count_load(request, result, reason)
+                return
+            reason = "no_space"
+        self._count_load(request, result, reason)
         self.loading.remove(request)
         self._run(request)
 
@@ -198,24 +199,28 @@ class Scheduler:
         if not source.blocks:
             self._run(request)
             return Admission.RUNNING
+        deadline = now + self._transfers.load_timeout_s
+        self._transfers.start_load(request, len(hits), source.blocks, source.end_reason, deadline)
         request.state = RequestState.LOADING
         self.loading.append(request)
-        reason = source.end_reason
-        self._transfers.start_load(request, len(hits), source.blocks, reason, now)
         return Admission.LOADING
 
     def _look(self, request: Request, missing: int, first: int, now: float) -> BlockSource | None:
-        """What to load behind the ``first`` blocks of HBM, cut to what is useful and allowed."""
+        """What to load behind the ``first`` blocks of HBM, cut to the ``missing`` ones."""
         if not missing:
             return BlockSource(0, "complete")
         source = self._transfers.match(request, first, now)
-        if source is None:
-            return None
-        blocks = self._transfers.loadable(min(source.blocks, missing))
-        if blocks == missing:
-            return BlockSource(blocks, "complete")
-        reason = "no_space" if blocks < source.blocks else source.end_reason
-        return BlockSource(blocks, reason)
+        if source is None or source.blocks < missing:
+            return source
+        return BlockSource(missing, "complete")
+
+    def _count_load(self, request: Request, result: LoadResult, reason: str) -> None:
+        if request.num_output:
+            return  # it was preempted: its prompt has been accounted for
+        request.cache.end_reason = reason
+        request.cache.dram += result.tokens_by_tier.get("dram", 0)
+        request.cache.ssd += result.tokens_by_tier.get("ssd", 0)
+        request.cache.remote += result.tokens_by_tier.get("remote", 0)
 
     def _run(self, request: Request) -> None:
         request.state = RequestState.RUNNING

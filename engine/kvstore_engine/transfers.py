@@ -15,6 +15,7 @@ from kvstore_engine.kv_transfer import BlockSource, KVConnector, LoadResult, Sav
 from kvstore_engine.request import Request, RequestState
 
 NOTHING = BlockSource(blocks=0, end_reason="never_stored")
+NO_SPACE = BlockSource(blocks=0, end_reason="no_space")
 TIMED_OUT = BlockSource(blocks=0, end_reason="timed_out")
 
 
@@ -25,8 +26,9 @@ class Load:
     request: Request
     first: int
     pages: list[int]
-    deadline: float
-    end_reason: str  # why the store's prefix ends behind these blocks
+    later: int  # blocks to load behind these, once pages may be lent again
+    deadline: float  # of all loads in a row
+    end_reason: str  # why the store's prefix ends behind all of them
 
 
 class Transfers:
@@ -74,26 +76,34 @@ class Transfers:
         if request.store_overdue or self._overdue:
             return TIMED_OUT
         source = self.connector.match(request.request_id, first)
-        if source is not None:
+        if source is not None and (not source.blocks or self.loadable(1)):
             return source
         if request.asked_store_at is None:
             request.asked_store_at = now
-        return TIMED_OUT if now - request.asked_store_at >= self.match_timeout_s else None
+        if now - request.asked_store_at < self.match_timeout_s:
+            return None
+        return TIMED_OUT if source is None else NO_SPACE
 
     def loadable(self, blocks: int) -> int:
         """How many of ``blocks`` may be loaded now."""
         return max(0, min(blocks, self.lend_max - self._blocks.num_pinned))
 
     def start_load(
-        self, request: Request, first: int, blocks: int, reason: str, now: float
-    ) -> None:
-        """Fills ``blocks`` pages of ``request`` from block ``first`` on."""
-        assert self.connector is not None
-        pages = request.pages[first : first + blocks]
+        self, request: Request, first: int, blocks: int, reason: str, deadline: float
+    ) -> bool:
+        """Fills ``blocks`` pages of ``request`` from block ``first`` on, some perhaps later.
+
+        False, with nothing done, when no page may be lent now.
+        """
+        part = self.loadable(blocks)
+        if not part or self.connector is None:
+            return False
+        pages = request.pages[first : first + part]
         self._blocks.pin(pages)
-        deadline = now + self.load_timeout_s
-        self._loads[request.request_id] = Load(request, first, pages, deadline, reason)
+        load = Load(request, first, pages, blocks - part, deadline, reason)
+        self._loads[request.request_id] = load
         self.connector.start_load(request.request_id, first, pages)
+        return True
 
     def poll(self) -> list[tuple[Load, LoadResult]]:
         """Takes back what the connector returned; gives the loads that requests wait for."""

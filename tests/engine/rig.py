@@ -99,7 +99,6 @@ class Rig:
             wait_s = self.engine.wait_s()
             if wait_s is None and not (self.connector and self.connector.busy):
                 return
-            self.clock.now += wait_s or 0.0
             self.step()
         raise AssertionError(f"not done after {steps_max} steps: {self.engine.stats()}")
 

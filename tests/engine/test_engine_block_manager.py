@@ -182,3 +182,15 @@ def test_integrity_holds_under_random_use() -> None:
         for pages in lent:
             blocks.unpin(pages)
         blocks.check_idle()
+
+
+def test_many_uses_of_a_cached_block_cost_no_memory() -> None:
+    blocks = BlockManager(4)
+    pages = cached_chain(blocks, 0, 2)
+    for _ in range(100):
+        blocks.reference(pages)
+        blocks.free(pages)
+    assert len(blocks._evictable) <= 4 * 4 + 1
+    blocks.drain_events()
+    blocks.allocate(4)
+    assert blocks.drain_events() == ([], [key(1), key(0)])

@@ -52,8 +52,8 @@ class Schedule:
         self.connector: FakeConnector | None = None
         if rng.random() < 0.8:
             self.connector = FakeConnector(ROOT, manner=random_manner(rng), seed=seed)
-        # With a connector, requests are held to what is never lent: at most a quarter is.
-        fewest = -(-longest * 4 // 3) + 1 if self.connector else longest
+        # With a connector, requests are held to what is never lent.
+        fewest = -(-longest * 8 // 7) + 1 if self.connector else longest
         self.num_pages = fewest + rng.randint(0, longest // 2)
         self.prompts = random_prompts(rng, rng.randint(2, 9), self.length_max)
 
@@ -96,7 +96,6 @@ class Schedule:
         for _ in range(2000):
             if all(a.reason or n not in rig.engine._requests for n, a in rig.answers.items()):
                 break
-            rig.clock.now += rig.engine.wait_s() or 0.0
             rig.step()
         self.finish(rig)
 

@@ -85,7 +85,7 @@ def test_the_pages_bound_the_context() -> None:
     assert rig.engine.max_context == 16
     assert len(rig.ask("r", [1] * 10, 50).tokens) == 6
     with_store = Rig(FakeConnector(ROOT), num_pages=8)
-    assert with_store.engine.max_context == 24
+    assert with_store.engine.max_context == 28
 
 
 def test_logprobs_come_with_each_token() -> None:

@@ -162,7 +162,7 @@ def test_a_request_is_saved_behind_its_parent_in_runs() -> None:
 
 def test_a_block_that_two_requests_compute_is_saved_once() -> None:
     connector = FakeConnector(ROOT)
-    rig = Rig(connector, max_batch_tokens=64)
+    rig = Rig(connector, max_batch_tokens=64, num_pages=64, max_context=80)
     saved: list[bytes] = []
     original = connector.save
 
@@ -256,14 +256,45 @@ def test_a_load_that_is_answered_twice_is_counted_not_believed() -> None:
     rig.engine.blocks.check_idle()
 
 
-def test_a_load_is_cut_to_the_pages_that_may_be_lent() -> None:
-    rig, _ = over(Manner(), num_pages=12)
-    lend_max = rig.engine.transfers.lend_max
-    assert lend_max == 3
+def test_a_load_goes_in_parts_when_few_pages_may_be_lent() -> None:
+    rig, connector = over(Manner(load_delay_max=2), num_pages=16)
+    assert rig.engine.transfers.lend_max == 2
     answer = rig.ask("r", PROMPT, 1)
     assert answer.cache is not None
-    assert (answer.cache.dram, answer.cache.end_reason) == (12, "no_space")
+    assert (answer.cache.dram, answer.cache.end_reason) == (20, "complete")
     assert answer.tokens == greedy(PROMPT, 1)
+    assert connector.loads_started == 3
+
+
+def test_the_parts_of_a_load_have_one_deadline() -> None:
+    rig, connector = over(Manner(), num_pages=16, load_timeout_s=0.1)
+    rig.add("r", PROMPT, 1)
+    rig.step()
+    connector.manner = Manner(never_load=1.0)
+    started = rig.clock.now
+    rig.clock.now += 0.06
+    while not rig.answers["r"].reason:
+        rig.step()
+    assert 0.09 < rig.clock.now - started < 0.11
+    assert rig.answers["r"].tokens == greedy(PROMPT, 1)
+
+
+def test_a_load_that_finds_all_pages_lent_waits_as_long_as_for_a_look_up() -> None:
+    rig, connector = over(Manner(), num_pages=16, match_timeout_s=0.04)
+    connector.manner = Manner(never_save=True)
+    rig.ask_now("other", [9] * 9)
+    blocks = rig.engine.blocks
+    blocks.pin(page := blocks.allocate(1))
+    blocks.free(page)
+    rig.add("r", PROMPT, 1)
+    started = rig.clock.now
+    while not rig.answers["r"].reason:
+        rig.step()
+    assert 0.04 < rig.clock.now - started < 0.06
+    cache = rig.answers["r"].cache
+    assert cache is not None
+    assert (cache.total, cache.end_reason) == (0, "no_space")
+    blocks.unpin(page)
 
 
 def test_salts_keep_prompts_apart() -> None:
