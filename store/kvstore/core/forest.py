@@ -54,6 +54,17 @@ def spread_up(marked: Mask, up: Rows) -> Mask:
         up[below] = up[targets]
 
 
+def spread_down(marked: Mask, parent: Ints) -> Mask:
+    """Marks all descendants of what is marked; both arrays are over all rows."""
+    end = len(parent)  # stands for the parent of roots
+    up = np.append(np.where(parent < 0, end, parent), end)
+    below = np.append(marked, False)
+    while (up[:end] != end).any():
+        below |= below[up]
+        up = up[up]
+    return below[:end]
+
+
 def raise_above_children(rank: Rows, up: Rows) -> Rows:
     """Ranks in which every row lies above all its descendants, raised no more than needed."""
     inner = up >= 0

@@ -169,7 +169,9 @@ class Reserves:
         statuses = self._statuses(reservation, rows, now)
         used = np.append(rows, parent)
         used = used[used >= 0]
-        table.pins[used] += 1  # what is looked at must not be evicted for the rest
+        # What is looked at must not vanish for the rest; what is on SSD may leave DRAM for it.
+        used = used[table.ssd_state[used] != SsdState.LIVE]
+        table.pins[used] += 1
         wanting = np.flatnonzero(statuses == _OPEN)
         new = int((rows[wanting] < 0).sum())
         self.tiering.make_rows(new)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.core.blocks import Blocks
-from kvstore.core.forest import closed_under_children
+from kvstore.core.forest import closed_under_children, spread_down
 from kvstore.core.slots import Offsets
 from kvstore.core.table import DramState, Mask, Rows, SsdState
 from kvstore.core.types import AckLevel, EndReason
@@ -35,6 +35,8 @@ class Tiering:
         while len(offsets) < count:
             victims = blocks.dram_policy.select(wanted, self._may_leave_dram)
             if not len(victims):
+                if self._free_given_up():
+                    continue
                 break
             self.evict_dram(victims)
             more = blocks.allocate_dram(slot_bytes, count - len(offsets))
@@ -53,6 +55,23 @@ class Tiering:
             given_up &= table.attempts[rows] >= config.write_attempts_max
         free &= (state == SsdState.LIVE) | given_up
         return free
+
+    def _free_given_up(self) -> bool:
+        """Drops what is on SSD behind blocks that never get there, so that these may leave DRAM.
+
+        Only where nothing else can go: such blocks would hold their DRAM slots for ever.
+        """
+        blocks, table = self.blocks, self.blocks.table
+        stuck = (table.attempts >= blocks.config.write_attempts_max) & (table.pins == 0)
+        stuck &= (table.dram_state == DramState.LIVE) & (table.ssd_state == SsdState.NONE)
+        stuck &= table.ssd_children > 0
+        if not stuck.any():
+            return False
+        copies = np.flatnonzero(spread_down(stuck, table.parent))
+        copies = copies[table.ssd_state[copies] == SsdState.LIVE]
+        copies = copies[self.closed(copies, self.may_leave_ssd(copies), table.ssd_children)]
+        self.evict_ssd(copies)
+        return len(copies) > 0
 
     def may_be_dropped(self, rows: Rows) -> Mask:
         """Unpinned blocks without a write out, whatever is lost with them."""
@@ -159,7 +178,9 @@ class Tiering:
             self.evict_ssd(victims)
 
     def _only_on_ssd(self, rows: Rows) -> Mask:
-        return self.may_leave_ssd(rows) & (self.blocks.table.dram_state[rows] == DramState.NONE)
+        may = self.may_leave_ssd(rows)
+        may &= self.blocks.table.dram_state[rows] == DramState.NONE
+        return may
 
     def allocate_ssd(self, slot_bytes: int, count: int) -> Offsets:
         """Free slots; what is missing is evicted, and there once the removals are durable."""

@@ -1,0 +1,539 @@
+"""NodeCore with an SSD tier: write-behind, loads, eviction, faults, shards, restart."""
+
+import numpy as np
+import pytest
+from kvstore.core.effects import Committed, End, Granted, Prefetched
+from kvstore.core.ssd_record import SsdRecord
+from kvstore.core.types import AckLevel, EndReason, ReserveStatus, Tier
+from kvstore.errors import InternalError, PreconditionError
+
+from tests.store.rig import BLOCK, FakeDisk, Rig, chain, content, offsets_of, shuffled
+
+A, B, C = chain("a", 16), chain("b", 16), chain("c", 16)
+SLOT, HAVE, FULL, BUSY = (
+    ReserveStatus.SLOT,
+    ReserveStatus.HAVE,
+    ReserveStatus.FULL,
+    ReserveStatus.BUSY,
+)
+
+
+def put_on_ssd_only(rig: Rig, keys: list[bytes]) -> None:
+    for first in range(0, len(keys), 4):
+        rig.put(keys[first : first + 4], parent=keys[first - 1] if first else b"")
+        rig.settle()
+    effects, removal = rig.core.evict(Tier.DRAM, b"", 0, False, rig.now)
+    rig.apply(effects)
+    assert removal.waiting == 0
+
+
+def test_commit_starts_writing_behind_at_once(tiers: Rig) -> None:
+    tiers.put(A[:3])
+    records = [op.record for op in tiers.disk.writes]
+    assert [record.key for record in records] == A[:3]
+    assert [record.parent for record in records] == [bytes(32), A[0], A[1]]
+    assert [op.key for op in tiers.disk.writes] == A[:3]
+    assert [op.ssd_offset for op in tiers.disk.writes] == [0, BLOCK, 2 * BLOCK]
+    tiers.settle()
+    assert tiers.core.usage()[1].live_bytes == 3 * BLOCK
+    assert tiers.core.idle()
+
+
+@pytest.mark.parametrize("level", [AckLevel.PERSISTED, AckLevel.SYNCED])
+def test_I3_acknowledgement_waits_for_its_level(tiers: Rig, level: AckLevel) -> None:
+    reserve = tiers.reserve(A[:3])
+    tiers.fill(reserve, A)
+    commit = tiers.commit(reserve, A, [2, 0, 1], level=level)
+    assert tiers.levels(commit) is None
+    assert not tiers.core.idle()
+    tiers.end_writes(tiers.disk.writes[:2])
+    assert tiers.levels(commit) is None
+    tiers.settle()
+    assert tiers.levels(commit) == bytes([AckLevel.SYNCED] * 3)
+
+
+def test_failed_write_is_tried_again_then_acknowledged_as_memory(tiers: Rig) -> None:
+    reserve = tiers.reserve(A[:1])
+    tiers.fill(reserve, A)
+    commit = tiers.commit(reserve, A, [0], level=AckLevel.SYNCED)
+    for _ in range(3):
+        assert tiers.levels(commit) is None
+        tiers.end_writes(tiers.disk.writes[:], fail=True)
+    assert tiers.levels(commit) == bytes([AckLevel.MEMORY])
+    assert tiers.core.counters["ssd_given_up_blocks"] == 1
+    assert tiers.core.usage()[1].free_bytes == 32 * BLOCK
+    assert tiers.get(A[:1]) == (1, EndReason.COMPLETE)
+    for name in range(4):
+        tiers.put(chain(str(name), 4))
+        tiers.settle()
+    assert tiers.get(A[:1]) == (0, EndReason.EVICTED)
+    assert tiers.core.counters["evicted_without_ssd_blocks"] == 1
+
+
+def test_blocks_come_back_from_ssd_in_chain_order(tiers: Rig) -> None:
+    put_on_ssd_only(tiers, A[:8])
+    assert tiers.directory.match(b"".join(A[:8])).tolist() == [Tier.SSD] * 8
+    request = tiers.acquire(A[:8], timeout_s=5.0)
+    assert len(tiers.disk.reads) == 8
+    assert (1, request) not in tiers.answers
+    for op in tiers.disk.reads[1:4]:
+        tiers.end_read(op)
+    assert (1, request) not in tiers.answers
+    tiers.end_read(tiers.disk.reads[0])
+    (granted,) = tiers.answers[1, request]
+    assert isinstance(granted, Granted)
+    assert [(run.first, run.count, run.source) for run in granted.runs] == [(0, 4, Tier.SSD)]
+    tiers.settle()
+    assert tiers.end(request) == End(8, EndReason.COMPLETE)
+    tiers.check_bytes(request, A)
+    tiers.release(request)
+    assert tiers.directory.match(b"".join(A[:8])).tolist() == [Tier.DRAM] * 8
+
+
+def test_acquire_without_time_takes_what_dram_has(tiers: Rig) -> None:
+    put_on_ssd_only(tiers, A[:4])
+    tiers.get(A[:2])
+    request = tiers.acquire(A[:4])
+    assert tiers.end(request) == End(2, EndReason.TIMED_OUT)
+    assert not tiers.disk.reads
+    tiers.release(request)
+
+
+def test_reads_in_flight_have_a_limit_and_the_oldest_lease_goes_first() -> None:
+    rig = Rig(16, 64, reads_in_flight_max=2)
+    rig.open()
+    put_on_ssd_only(rig, A[:4])
+    put_on_ssd_only(rig, B[:4])
+    first = rig.acquire(A[:4], timeout_s=5.0)
+    second = rig.acquire(B[:4], timeout_s=5.0)
+    assert [op.key for op in rig.disk.reads] == A[:2]
+    rig.end_read(rig.disk.reads[0])
+    rig.end_read(rig.disk.reads[0])
+    assert [op.key for op in rig.disk.reads] == A[2:4]
+    rig.settle()
+    assert rig.end(first) == rig.end(second) == End(4, EndReason.COMPLETE)
+    rig.check()
+
+
+def test_two_acquires_share_a_load(tiers: Rig) -> None:
+    put_on_ssd_only(tiers, A[:4])
+    requests = [tiers.acquire(A[:4], timeout_s=5.0) for _ in range(3)]
+    assert len(tiers.disk.reads) == 4
+    tiers.release(requests[1])
+    assert tiers.end(requests[1]) == End(0, EndReason.RELEASED)
+    tiers.settle()
+    assert tiers.end(requests[0]) == tiers.end(requests[2]) == End(4, EndReason.COMPLETE)
+    tiers.release(requests[0])
+    tiers.release(requests[2])
+
+
+def test_I1_corrupt_block_is_a_miss_and_is_dropped(tiers: Rig) -> None:
+    put_on_ssd_only(tiers, A[:4])
+    at = SsdRecord.decode(A[2], tiers.disk.index[A[2]]).ssd_offset
+    tiers.disk.data[at + 5] ^= 1
+    request = tiers.acquire(A[:4], timeout_s=5.0)
+    tiers.settle()
+    assert tiers.end(request) == End(2, EndReason.CORRUPT)
+    assert tiers.core.counters["corrupt_blocks"] == 1
+    assert A[2] not in tiers.disk.index
+    tiers.release(request)
+    assert tiers.get(A[:4]) == (2, EndReason.CORRUPT)
+    assert tiers.put(A[:4]) == bytes([HAVE, HAVE, SLOT, HAVE])
+    tiers.settle()
+    assert tiers.get(A[:4]) == (4, EndReason.COMPLETE)
+
+
+def test_failed_read_is_counted_and_a_miss(tiers: Rig) -> None:
+    put_on_ssd_only(tiers, A[:2])
+    request = tiers.acquire(A[:2], timeout_s=5.0)
+    tiers.end_read(tiers.disk.reads[1], fail=True)
+    tiers.settle()
+    assert tiers.end(request) == End(1, EndReason.CORRUPT)
+    assert tiers.core.counters["ssd_read_errors"] == 1
+    tiers.release(request)
+
+
+def test_acquire_ends_at_its_deadline(tiers: Rig) -> None:
+    put_on_ssd_only(tiers, A[:3])
+    request = tiers.acquire(A[:3], timeout_s=2.0)
+    tiers.end_read(tiers.disk.reads[0])
+    assert tiers.core.next_deadline() == 2.0
+    tiers.tick(2.0)
+    assert tiers.end(request) == End(1, EndReason.TIMED_OUT)
+    tiers.settle()
+    tiers.release(request)
+    assert tiers.get(A[:3]) == (3, EndReason.COMPLETE)
+
+
+def test_acquire_larger_than_dram_ends_for_want_of_space(tiers: Rig) -> None:
+    put_on_ssd_only(tiers, A[:12])
+    request = tiers.acquire(A[:12], timeout_s=5.0)
+    while tiers.disk.pending:
+        tiers.disk_step()
+    assert tiers.end(request) == End(8, EndReason.NO_SPACE)
+    tiers.check_bytes(request, A)
+    tiers.release(request)
+
+
+def test_load_waits_for_space_until_its_deadline(tiers: Rig) -> None:
+    put_on_ssd_only(tiers, A[:4])
+    tiers.put(B[:4])
+    tiers.put(B[4:8], parent=B[3])
+    tiers.settle()
+    lease = tiers.acquire(B[:8])
+    starved = tiers.acquire(A[:4], timeout_s=2.0)
+    served = tiers.acquire(A[:4], timeout_s=9.0)
+    assert not tiers.disk.reads
+    tiers.tick(2.0)
+    assert tiers.end(starved) == End(0, EndReason.NO_SPACE)
+    tiers.release(lease, 4, 4)
+    tiers.settle()
+    assert tiers.end(served) == End(4, EndReason.COMPLETE)
+    tiers.release(lease)
+    tiers.release(served)
+
+
+def test_releasing_a_running_acquire_cancels_the_rest(tiers: Rig) -> None:
+    put_on_ssd_only(tiers, A[:4])
+    request = tiers.acquire(A[:4], timeout_s=9.0)
+    tiers.end_read(tiers.disk.reads[0])
+    tiers.release(request, 0, 1)
+    assert tiers.end(request) is None
+    tiers.end_read(tiers.disk.reads[0])
+    tiers.release(request, 1, 3)
+    assert tiers.end(request) == End(2, EndReason.RELEASED)
+    tiers.settle()
+    assert tiers.core.pinned_blocks() == 0
+
+
+def test_prefetch_loads_without_pinning(tiers: Rig) -> None:
+    put_on_ssd_only(tiers, A[:4])
+    request = tiers.next_id()
+    tiers.apply(tiers.core.prefetch(1, request, tiers.ns, b"".join(A[:6]), b"", 0.0))
+    assert tiers.answers[1, request] == [Prefetched(4)]
+    assert tiers.core.pinned_blocks() == 0
+    tiers.settle()
+    assert tiers.end(tiers.acquire(A[:4])) == End(4, EndReason.COMPLETE)
+
+
+def test_prefetch_waits_for_space(tiers: Rig) -> None:
+    put_on_ssd_only(tiers, A[:2])
+    tiers.put(B[:8])
+    tiers.settle()
+    lease = tiers.acquire(B[:8])
+    tiers.apply(tiers.core.prefetch(1, 99, tiers.ns, A[0], b"", 0.0))
+    assert not tiers.disk.reads
+    assert not tiers.core.idle()
+    tiers.release(lease)
+    assert len(tiers.disk.reads) == 1
+    tiers.settle()
+
+
+def test_burst_beyond_dram_loses_nothing(tiers: Rig) -> None:
+    long = chain("burst", 24)
+    pick = shuffled(7)
+    for first in range(0, 24, 4):
+        parent = long[first - 1] if first else b""
+        request = tiers.reserve(long[first : first + 4], parent=parent, timeout_s=60.0)
+        while (1, request) not in tiers.answers:
+            tiers.disk_step(pick)
+        assert tiers.reserved(request).statuses == bytes([SLOT] * 4)
+        tiers.fill(request, long[first : first + 4])
+        tiers.commit(request, long[first : first + 4], [0, 1, 2, 3])
+    tiers.settle()
+    for first in range(0, 24, 8):
+        assert tiers.get(long[: first + 8])[0] >= min(first + 8, 8)
+    assert len(tiers.disk.index) == 24
+    assert tiers.core.counters.get("evicted_without_ssd_blocks", 0) == 0
+
+
+def test_full_ssd_evicts_its_oldest_leaves_and_removal_comes_before_reuse() -> None:
+    rig = Rig(4, 8)
+    rig.open()
+    put_on_ssd_only(rig, A[:8])
+    rig.put(B[:2])
+    assert [op.key for op in rig.disk.drops] == [A[7], A[6]]
+    assert not rig.disk.writes
+    assert not rig.core.idle()
+    rig.end_drop(rig.disk.drops[0])
+    assert [op.key for op in rig.disk.writes] == [B[0]]
+    rig.settle()
+    assert sorted(rig.disk.index) == sorted(A[:6] + B[:2])
+    assert rig.get(A[:4]) == (4, EndReason.COMPLETE)
+    assert rig.get([A[6]]) == (0, EndReason.EVICTED)
+    rig.check()
+
+
+def test_ssd_smaller_than_dram_gives_up_rather_than_writing_in_circles() -> None:
+    rig = Rig(8, 2)
+    rig.open()
+    rig.put(A[:8])
+    steps = 0
+    while rig.disk.pending:
+        rig.disk_step()
+        steps += 1
+    assert steps < 40
+    assert len(rig.disk.index) == 2
+    rig.check()
+    assert rig.put(B[:8]) == bytes([SLOT] * 8)
+    rig.settle()
+    assert rig.get(B[:8]) == (8, EndReason.COMPLETE)
+    rig.check()
+
+
+def test_ssd_of_protected_blocks_only_gives_new_ones_up() -> None:
+    rig = Rig(4, 2)
+    rig.open()
+    put_on_ssd_only(rig, A[:2])
+    rig.put(A[2:4], parent=A[1])
+    rig.settle()
+    assert rig.core.counters["ssd_given_up_blocks"] == 2
+    assert rig.get(A[:4]) == (4, EndReason.COMPLETE)
+    rig.check()
+
+
+def test_evict_demotes_first_and_what_is_being_written_follows(tiers: Rig) -> None:
+    tiers.put(A[:4])
+    tiers.end_writes(tiers.disk.writes[:2])
+    effects, removal = tiers.core.evict(Tier.DRAM, b"", 0, False, 0.0)
+    tiers.apply(effects)
+    assert (removal.blocks, removal.waiting) == (0, 4)
+    tiers.settle()
+    assert tiers.core.usage()[0].blocks == 0
+    assert tiers.get(A[:4]) == (4, EndReason.COMPLETE)
+
+
+def test_evict_from_ssd_keeps_last_copies_unless_told(tiers: Rig) -> None:
+    put_on_ssd_only(tiers, A[:4])
+    tiers.get(A[:2])
+    effects, removal = tiers.core.evict(Tier.SSD, b"", 0, False, 0.0)
+    tiers.apply(effects)
+    assert removal.blocks == 0, "the blocks behind those in DRAM are on SSD only"
+    effects, removal = tiers.core.evict(Tier.SSD, b"".join(A[2:]), 0, True, 0.0)
+    tiers.apply(effects)
+    assert removal == (2, 2 * BLOCK, 0, 0)
+    effects, removal = tiers.core.evict(Tier.SSD, b"", 0, False, 0.0)
+    tiers.apply(effects)
+    assert removal.blocks == 2
+    tiers.settle()
+    assert not tiers.disk.index
+    assert tiers.get(A[:4]) == (2, EndReason.EVICTED)
+
+
+def test_purge_while_reading_and_writing(tiers: Rig) -> None:
+    put_on_ssd_only(tiers, A[:3])
+    waiting = tiers.acquire(A[:3], timeout_s=9.0)
+    tiers.put(B[:2])
+    effects, removal = tiers.core.purge(None, 0.0)
+    tiers.apply(effects)
+    assert removal.blocks == 5
+    assert tiers.end(waiting) == End(0, EndReason.PURGED)
+    assert tiers.put(A[:1] + B[:1]) == bytes([BUSY, BUSY])
+    tiers.check()
+    tiers.settle()
+    assert not tiers.disk.index
+    assert [usage.live_bytes + usage.quarantined_bytes for usage in tiers.core.usage()] == [0, 0]
+    assert tiers.put(A[:2]) == bytes([SLOT, SLOT])
+
+
+def test_purge_of_blocks_that_a_lease_waits_for(tiers: Rig) -> None:
+    put_on_ssd_only(tiers, A[:3])
+    tiers.put(B[:8])
+    tiers.settle()
+    lease = tiers.acquire(B[:8])
+    starved = tiers.acquire(A[:3], timeout_s=9.0)
+    tiers.apply(tiers.core.purge(None, 0.0)[0])
+    assert tiers.end(starved) == End(0, EndReason.PURGED)
+    tiers.settle()
+    tiers.release(lease)
+    assert tiers.core.usage()[0].free_bytes == 8 * BLOCK
+
+
+def test_quarantined_client_hears_no_more_of_its_loads(tiers: Rig) -> None:
+    put_on_ssd_only(tiers, A[:3])
+    waiting = tiers.acquire(A[:3], timeout_s=9.0)
+    tiers.end_read(tiers.disk.reads[0])
+    tiers.apply(tiers.core.session_quarantined(1, 0.0))
+    assert tiers.end(waiting) == End(1, EndReason.RELEASED)
+    assert tiers.core.pinned_blocks() == 1
+    tiers.settle()
+    tiers.apply(tiers.core.session_settled(1, 0.0))
+    assert tiers.core.pinned_blocks() == 0
+
+
+def test_stored_again_while_the_old_copy_is_being_removed(tiers: Rig) -> None:
+    put_on_ssd_only(tiers, A[:1])
+    effects, _ = tiers.core.evict(Tier.SSD, A[0], 0, True, 0.0)
+    tiers.apply(effects)
+    assert tiers.put(A[:1]) == bytes([SLOT])
+    assert not tiers.disk.writes, "the removal would take the new record with it"
+    tiers.settle()
+    assert list(tiers.disk.index) == [A[0]]
+    assert tiers.get(A[:1]) == (1, EndReason.COMPLETE)
+
+
+def test_requests_that_are_not_out_cannot_end(tiers: Rig) -> None:
+    tiers.put(A[:1])
+    (write,) = tiers.disk.writes
+    tiers.settle()
+    with pytest.raises(InternalError, match="write"):
+        tiers.core.write_done(write, True, 0.0)
+    put_on_ssd_only(tiers, B[:1])
+    request = tiers.acquire(B[:1], timeout_s=1.0)
+    (read,) = tiers.disk.reads
+    tiers.settle()
+    with pytest.raises(InternalError, match="read"):
+        tiers.core.reads_done([(read, 0)], 0.0)  # type: ignore[list-item]
+    effects, _ = tiers.core.evict(Tier.SSD, A[0], 0, True, 0.0)
+    tiers.apply(effects)
+    (drop,) = tiers.disk.drops
+    tiers.settle()
+    with pytest.raises(InternalError, match="removal"):
+        tiers.core.drop_done(drop, 0.0)
+    tiers.release(request)
+
+
+def restart(rig: Rig) -> Rig:
+    again = Rig(8, 32, disk=FakeDisk(0))
+    again = Rig(
+        rig.core.config.dram_bytes // BLOCK, rig.core.config.ssd_bytes // BLOCK, disk=rig.disk
+    )
+    again.disk.reads.clear()
+    again.disk.writes.clear()
+    again.open()
+    return again
+
+
+def test_I3_restart_is_warm_and_keeps_the_order_of_chains(tiers: Rig) -> None:
+    tiers.put(A[4:8], parent=A[3])
+    tiers.settle()
+    tiers.put(A[:4])
+    tiers.settle()
+    tiers.disk.drops.clear()
+    again = restart(tiers)
+    again.check()
+    assert again.directory.match(b"".join(A[:8])).tolist() == [Tier.SSD] * 8
+    assert again.get(A[:8]) == (8, EndReason.COMPLETE)
+    again.put(B[:8])
+    again.settle()
+    for name in range(3):
+        again.put(chain(str(name), 8))
+        again.settle()
+    assert len(again.disk.index) == 32
+    again.check()
+    again.settle()
+
+
+def test_I8_damaged_records_are_refused(tiers: Rig) -> None:
+    tiers.put(A[:4])
+    tiers.settle()
+    good = SsdRecord.decode(A[0], tiers.disk.index[A[0]])
+    index = tiers.disk.index
+    index[B[0]] = good._replace(ssd_offset=5 * BLOCK + 1).encode()
+    index[B[1]] = good._replace(ssd_offset=1 << 40).encode()
+    index[B[2]] = good._replace(nbytes=0, root=bytes(32)).encode()
+    index[B[3]] = good._replace(nbytes=3 * BLOCK, ssd_offset=9 * BLOCK).encode()
+    index[B[4]] = good._replace(sequence=0).encode()  # an older block in the same slot
+    index[C[0]] = good._replace(ssd_offset=20 * BLOCK, parent=C[1]).encode()
+    index[C[1]] = good._replace(ssd_offset=21 * BLOCK, parent=C[0]).encode()
+    again = restart(tiers)
+    assert {op.key for op in again.disk.drops} == set(B[:5])
+    again.settle()
+    again.check()
+    assert again.get(A[:4]) == (4, EndReason.COMPLETE)
+    assert again.core.counters["restore_refused_records"] == 5
+    effects, removal = again.core.evict(Tier.SSD, b"".join(C[:2]), 0, True, 0.0)
+    assert removal.blocks == 2, "a ring of parents must not hold its blocks for ever"
+    again.apply(effects)
+    with pytest.raises(PreconditionError):
+        again.core.restore([])
+
+
+def test_restore_without_an_ssd_tier_uses_nothing() -> None:
+    record = SsdRecord(A[0], bytes([1] * 32), bytes(32), BLOCK, 0, (1,), 1)
+    rig = Rig(4)
+    rig.apply(rig.core.restore([record]))
+    assert rig.disk.drops[0].row == -1
+    rig.settle()
+
+
+# Shards
+
+
+def reserve_shards(rig: Rig, keys: list[bytes], count: int = 2) -> list[int]:
+    return [rig.reserve(keys, session=1 + i, shard=(i, count)) for i in range(count)]
+
+
+def test_I2_block_in_shards_is_visible_when_all_are_committed(tiers: Rig) -> None:
+    tiers.open(2)
+    first, second = reserve_shards(tiers, A[:2])
+    one, two = tiers.reserved(first, 1), tiers.reserved(second, 2)
+    assert one.statuses == two.statuses == bytes([SLOT, SLOT])
+    assert offsets_of(one.runs) == offsets_of(two.runs)
+    sums = []
+    for index, offset in offsets_of(one.runs).items():
+        tiers.pool[offset : offset + BLOCK] = content(A[index])
+        import xxhash
+
+        half = content(A[index])[: BLOCK // 2]
+        sums.append(xxhash.xxh3_64_intdigest(half))
+    data = np.array(sums, dtype="<u8").tobytes()
+    tiers.apply(tiers.core.commit(1, 50, first, [0, 1], data, AckLevel.SYNCED, 0.0))
+    assert tiers.levels(50, 1) is None
+    assert tiers.get(A[:2])[0] == 0
+    tiers.apply(tiers.core.commit(2, 51, second, [1, 0], data[8:] + data[:8], AckLevel.MEMORY, 0.0))
+    assert tiers.answers[2, 51] == [Committed(bytes([AckLevel.MEMORY] * 2))]
+    assert tiers.get(A[:2])[0] == 2
+    assert [len(op.record.checksums) for op in tiers.disk.writes] == [2, 2]
+    tiers.settle()
+    assert tiers.levels(50, 1) == bytes([AckLevel.SYNCED] * 2)
+    effects, _ = tiers.core.evict(Tier.DRAM, b"", 0, False, 0.0)
+    tiers.apply(effects)
+    assert tiers.get(A[:2]) == (2, EndReason.COMPLETE)
+    tiers.disk.drops.clear()
+    assert restart(tiers).get(A[:2]) == (2, EndReason.COMPLETE)
+
+
+def test_lost_shard_fails_the_block_and_frees_it(tiers: Rig) -> None:
+    tiers.open(2)
+    first, second = reserve_shards(tiers, A[:2])
+    tiers.fill(first, A)
+    waiting = tiers.commit(first, A, [0], session=1, level=AckLevel.SYNCED)
+    tiers.apply(tiers.core.session_settled(1, 0.0))
+    tiers.check()
+    late = tiers.commit(second, A, [1, 0], session=2)
+    assert tiers.levels(late, 2) == bytes([0, AckLevel.MEMORY]), "block 0 had its first shard"
+    assert tiers.get(A[:2], session=2) == (1, EndReason.NEVER_STORED)
+    assert tiers.core.usage()[0].free_bytes == 7 * BLOCK
+    tiers.settle()
+    assert tiers.levels(waiting) == bytes([AckLevel.SYNCED])
+
+
+def test_shard_that_nobody_brings_is_given_up(tiers: Rig) -> None:
+    reserve = tiers.reserve(A[:1], shard=(0, 2))
+    commit = tiers.commit(reserve, A, [0], level=AckLevel.SYNCED)
+    assert tiers.core.next_deadline() == 30.0
+    tiers.tick(30.0)
+    assert tiers.levels(commit) == b"\0"
+    assert tiers.core.usage()[0].free_bytes == 8 * BLOCK
+
+
+def test_shards_are_joined_once_and_with_the_same_number(tiers: Rig) -> None:
+    for session in (2, 3, 4):
+        tiers.open(session)
+    reserve_shards(tiers, A[:1])
+    assert tiers.reserved(tiers.reserve(A[:1], session=3, shard=(1, 2)), 3).statuses == bytes(
+        [BUSY]
+    )
+    assert tiers.reserved(tiers.reserve(A[:1], session=3, shard=(2, 3)), 3).statuses == bytes(
+        [BUSY]
+    )
+    assert tiers.put(A[:1], session=4) == bytes([BUSY])
+    tiers.apply(tiers.core.session_quarantined(1, 0.0))
+    tiers.check()
+    tiers.apply(tiers.core.session_quarantined(2, 0.0))
+    assert tiers.core.usage()[0].quarantined_bytes == BLOCK
+    tiers.apply(tiers.core.session_settled(1, 0.0))
+    assert tiers.core.usage()[0].quarantined_bytes == BLOCK
+    tiers.apply(tiers.core.session_settled(2, 0.0))
+    assert tiers.core.usage()[0].free_bytes == 8 * BLOCK
