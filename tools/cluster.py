@@ -88,16 +88,22 @@ class Cluster:
 
     def start_engine(self) -> None:
         """A fresh engine process, up to the moment when it is healthy."""
-        transfer = {
-            "kv_connector": "KVStoreConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"node": self.node},
-        }
+        self._engine = self.launch_engine(self.url, "engine", connector=True)
+
+    def launch_engine(self, url: str, name: str, *, connector: bool) -> Process:
+        """Starts an engine at ``url``, with or without the store; returns when it is healthy."""
         command = [sys.executable, "-m", "kvstore_engine.server.main", "--model", self.model]
-        command += ["--port", self.url.rpartition(":")[2], "--kv-memory", "1GiB"]
-        command += ["--kv-transfer-config", json.dumps(transfer)]
-        self._engine = Process("kvstore-engine", command, self.logs / "engine.log")
-        self._wait(self._engine, lambda: httpx.get(f"{self.url}/health").status_code == 200)
+        command += ["--port", url.rpartition(":")[2], "--kv-memory", "1GiB"]
+        if connector:
+            transfer = {
+                "kv_connector": "KVStoreConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {"node": self.node},
+            }
+            command += ["--kv-transfer-config", json.dumps(transfer)]
+        engine = Process(f"kvstore-engine ({name})", command, self.logs / f"{name}.log")
+        self._wait(engine, lambda: httpx.get(f"{url}/health").status_code == 200)
+        return engine
 
     def restart_engine(self) -> None:
         """Ends the engine, its pages with it, and starts another."""
@@ -122,7 +128,9 @@ class Cluster:
         command = [sys.executable, "-m", "kvstore.cli.main", *arguments, "--master", self.master]
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
         if done.returncode:
-            raise ClusterError(f"kvstore {' '.join(arguments)}: {done.stderr.strip() or done.stdout}")
+            raise ClusterError(
+                f"kvstore {' '.join(arguments)}: {done.stderr.strip() or done.stdout}"
+            )
         return done.stdout
 
     def status(self) -> dict[str, int]:

@@ -12,15 +12,15 @@ from rich.text import Text
 from tools.demo.results import CASES, Case
 
 WHAT = {
-    "cold": "nothing cached: the whole prompt is computed",
-    "hbm": "the same engine again: its own pages",
-    "dram": "a fresh engine process: the node's memory",
-    "ssd": "a fresh engine, DRAM tier emptied: the node's disk",
-    "restart": "kill -9 of master, node and engine, then all anew",
-    "shared": "another conversation about the same document",
+    "cold": "nothing cached",
+    "hbm": "same engine",
+    "dram": "fresh engine",
+    "ssd": "DRAM emptied",
+    "restart": "after kill -9",
+    "shared": "another chat",
 }
 COLOURS = {"cold": "red", "hbm": "green", "dram": "green", "ssd": "yellow", "restart": "yellow"}
-BAR_COLUMNS = 30
+BAR_COLUMNS = 16
 
 
 def source_text(case: Case) -> str:
@@ -70,16 +70,23 @@ class Screen:
             )
 
     def _table(self) -> Table:
-        table = Table(title="Time to first token", title_justify="left", expand=False)
-        for heading in ("case", "what", "TTFT"):
-            table.add_column(heading, justify="right" if heading == "TTFT" else "left")
+        table = Table(title=self._title(), title_justify="left", expand=False)
+        table.add_column("case", no_wrap=True)
+        table.add_column("what", no_wrap=True)
+        table.add_column("TTFT", justify="right", no_wrap=True)
         table.add_column("", width=BAR_COLUMNS)
-        table.add_column("faster", justify="right")
-        table.add_column("cached from")
+        table.add_column("", justify="right", no_wrap=True)
+        table.add_column("cached from", no_wrap=True)
         cold = self._cases["cold"].ttft_s if "cold" in self._cases else 0.0
         for name in CASES:
             table.add_row(*self._row(name, cold))
         return table
+
+    def _title(self) -> str:
+        if not self._cases:
+            return "Time to first token (TTFT)"
+        tokens = self._cases["cold"].prompt_tokens
+        return f"Time to first token (TTFT) of a prompt of {tokens:,} tokens"
 
     def _row(self, name: str, cold: float) -> list[RenderableType]:
         case = self._cases.get(name)
