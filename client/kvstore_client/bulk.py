@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvstore_client.writing import Write
 
 # One part of a put: long enough that a round trip to the node is short beside its copy.
-PART_BYTES = 16 << 20
+PART_BYTES = 32 << 20
 PARTS_IN_FLIGHT = 4
 # Copied without giving the event loop a turn; about half a millisecond.
 SLICE_BYTES = 8 << 20

@@ -1,0 +1,46 @@
+"""Several prompts at once with asyncio: prefetch from SSD, then use blocks as they arrive.
+
+Start `kvstore up --data-dir DIR --ssd 1GiB`, then run this with DIR/node.sock.
+"""
+
+import asyncio
+import sys
+
+import numpy as np
+from kvstore_client import AckLevel, AsyncClient, CacheSpec, Namespace
+
+BLOCK_BYTES = 256 << 10
+PROMPTS = 4
+BLOCKS = 32
+
+
+async def sum_of(ns: Namespace, keys: list[bytes]) -> int:
+    """Adds up a prompt's bytes, each block as soon as it is in DRAM."""
+    total = 0
+    lease = await ns.acquire(keys, timeout_s=5)
+    try:
+        async for first, count in lease.arrivals():
+            total += sum(int(lease.blocks.array(i).sum()) for i in range(first, first + count))
+            lease.release(first, count)
+    finally:
+        lease.release()
+    print(f"{lease.granted} of {len(keys)} blocks; the chain ended: {lease.reason!r}")
+    return total
+
+
+async def main(address: str) -> None:
+    """Stores prompts durably, asks for them ahead of time, and reads them side by side."""
+    async with await AsyncClient.connect(address, name="example") as client:
+        ns = await client.open_namespace(CacheSpec.raw("prefetch", block_bytes=BLOCK_BYTES))
+        tokens = np.arange(BLOCKS * ns.spec.block_tokens)
+        prompts = [ns.keys(tokens + number) for number in range(PROMPTS)]
+        data = np.ones((BLOCKS, BLOCK_BYTES), dtype=np.uint8)
+        for keys in prompts:
+            await ns.put(keys, data, level=AckLevel.SYNCED)
+            print(f"{ns.match(keys).count} blocks, {await ns.prefetch(keys)} loads started")
+        sums = await asyncio.gather(*(sum_of(ns, keys) for keys in prompts))
+        assert all(total == data.sum() for total in sums)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(f"unix:{sys.argv[1]}"))

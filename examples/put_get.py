@@ -1,0 +1,15 @@
+"""Put and get numpy arrays: start `kvstore up --data-dir DIR`, then run this with DIR/node.sock."""
+
+import sys
+
+import numpy as np
+from kvstore_client import CacheSpec, Client
+
+arrays = np.random.default_rng().random((16, 64, 1024))  # 16 blocks of 512 KiB
+with Client.connect(f"unix:{sys.argv[1]}") as client:
+    ns = client.open_namespace(CacheSpec.raw("example", block_bytes=arrays[0].nbytes))
+    keys = ns.keys(range(16 * 64))  # one for every 64 tokens of a prompt
+    print("stored:", ns.put(keys, arrays).stored)
+    with ns.read(keys) as read:  # pinned until here ends, and not copied
+        blocks = [read.array(i, np.float64, (64, 1024)) for i in range(read.count)]
+        print("found:", read.count, "equal:", np.array_equal(blocks, arrays))
