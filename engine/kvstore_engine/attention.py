@@ -52,6 +52,11 @@ class AttentionPlan:
         ]
         decoding = [span for span in spans if span.end - span.start == 1]
         self.paths += [_Decode(group, pages) for group in _decode_groups(decoding)]
+        # One scratch for all, as they run one behind the other.
+        largest = max(path.tiles.count for path in self.paths)
+        scratch = torch.empty(2, largest, pages.shape[4] * pages.shape[5], dtype=pages.dtype)
+        for path in self.paths:
+            path.tiles.use(scratch)
 
     def _plan_writes(self, spans: list[_Span]) -> None:
         page_tokens = self.pages.shape[4]
@@ -125,8 +130,11 @@ class _Tiles:
         )
         self.first = first.flatten() * (2 * layers)
         self.index = torch.empty_like(self.first)
-        self.keys = torch.empty(len(self.first), page_tokens * dim, dtype=pages.dtype)
-        self.values = torch.empty_like(self.keys)
+        self.count = len(self.first)
+
+    def use(self, scratch: torch.Tensor) -> None:
+        """Gathers into ``scratch``: for keys and for values, ``count`` rows or more."""
+        self.keys, self.values = scratch[0, : self.count], scratch[1, : self.count]
 
     def gather(self, layer: int) -> None:
         """Fills ``keys`` and ``values``, each ``[pages * heads, page_tokens * dim]``."""

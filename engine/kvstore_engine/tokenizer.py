@@ -117,6 +117,7 @@ def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
 
     Raises ModelLoadError when there is none.
     """
+    # Here and not above, as the builders need the class of this module.
     from kvstore_engine import tokenizer_files
 
     return tokenizer_files.load(path_or_name)

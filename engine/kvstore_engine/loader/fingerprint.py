@@ -9,10 +9,13 @@ _CHUNK_BYTES = 4 << 20
 
 
 def fingerprint_files(paths: Iterable[Path]) -> str:
-    """xxh3-128 in hex over the names, lengths and bytes of ``paths`` in the order of names."""
+    """xxh3-128 in hex over the lengths and bytes of ``paths``, in the order of their names.
+
+    Names do not count: the same weights under another name share their KV.
+    """
     digest = xxhash.xxh3_128()
     for path in sorted(paths):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        digest.update(path.stat().st_size.to_bytes(8, "little"))
         with path.open("rb", buffering=0) as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
