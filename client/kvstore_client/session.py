@@ -179,6 +179,9 @@ class Session:
             self._lose(UnavailableError("the node ended it"))
         except grpc.aio.AioRpcError as error:
             self._lose(error_of_call(error))
+        except asyncio.CancelledError:
+            self._lose(UnavailableError("its stream was cancelled"))
+            raise
 
     def _dispatch(self, response: node_pb2.SessionResponse) -> None:
         receiver = self._receivers.get(response.id)
@@ -211,7 +214,7 @@ class Session:
                         await self._pump_task
                     await self._stream.done_writing()
                     if self._reading is not None:
-                        await asyncio.shield(self._reading)
+                        await asyncio.wait((self._reading,))
         self._lose(UnavailableError("this client closed it"))
         tasks = [task for task in (self._reading, self._pump_task) if task is not None]
         if self._stream is not None:

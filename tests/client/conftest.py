@@ -1,7 +1,7 @@
 """A client of a fake node in the same process, or of a real one in its own."""
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from kvstore_client import AsyncClient, CacheSpec, Namespace
 
 from tests.client.fake_node import FakeNode
+from tests.node.rig import Daemon
 
 BLOCK_BYTES = 8192
 
@@ -38,3 +39,12 @@ async def client(node: FakeNode) -> AsyncIterator[AsyncClient]:
 @pytest.fixture
 async def ns(client: AsyncClient, spec: CacheSpec) -> Namespace:
     return await client.open_namespace(spec)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    """A kvstore-node process with 4 MiB of DRAM and 16 MiB of SSD."""
+    started = Daemon(tmp_path)
+    started.wait_ready()
+    yield started
+    started.kill()

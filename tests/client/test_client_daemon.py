@@ -1,0 +1,197 @@
+import asyncio
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kvstore.errors import UnavailableError
+from kvstore_client import AckLevel, AsyncClient, CacheSpec, EndReason, Namespace, Tier
+from kvstore_proto import common_pb2, node_pb2
+
+from tests.node.rig import Daemon
+
+REPOSITORY = Path(__file__).parents[2]
+BLOCK = 8192
+
+
+@pytest.fixture
+def hold(daemon: Daemon) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Starts processes that hold blocks, and ends them."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(mode: str) -> subprocess.Popen[str]:
+        script = Path(__file__).with_name("holder.py")
+        process = subprocess.Popen(
+            [sys.executable, str(script), daemon.address, mode], stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def data_of(count: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, BLOCK), dtype=np.uint8)
+
+
+def dram(stats: node_pb2.StatsResponse) -> common_pb2.TierUsage:
+    """Space of the DRAM tier, which has to add up."""
+    usage = next(tier for tier in stats.tiers if tier.tier == common_pb2.TIER_DRAM)
+    parts = (usage.free_bytes, usage.live_bytes, usage.pending_bytes, usage.quarantined_bytes)
+    assert sum(parts) == usage.capacity_bytes
+    return usage
+
+
+async def until(client: AsyncClient, good: Callable[[node_pb2.StatsResponse], bool]) -> None:
+    """Asks for statistics until they are as they should be."""
+    async with asyncio.timeout(1.0):
+        while not good(await client.stats()):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def opened(client: AsyncClient, spec: CacheSpec) -> tuple[Namespace, list[bytes]]:
+    ns = await client.open_namespace(spec)
+    return ns, ns.keys(range(64))
+
+
+async def test_put_match_get_with_a_real_node(daemon: Daemon, spec: CacheSpec) -> None:
+    data = data_of(16)
+    async with await AsyncClient.connect(daemon.address) as client:
+        ns, keys = await opened(client, spec)
+        put = await ns.put(keys, data, level=AckLevel.SYNCED)
+        assert put.levels.tolist() == [AckLevel.SYNCED] * 16
+        match = ns.match([*keys, b"x" * 32])
+        assert (match.count, set(match.tiers.tolist())) == (16, {Tier.DRAM})
+        out = np.zeros_like(data)
+        got = await ns.get([*keys, b"x" * 32], out)
+        assert (got.count, got.reason) == (16, EndReason.NEVER_STORED)
+        assert np.array_equal(out, data)
+        assert (await ns.put(keys, data)).stored == 0
+        assert await ns.prefetch(keys) == 0
+        await until(client, lambda stats: stats.pinned_blocks == 0)
+        assert dram(await client.stats()).pending_bytes == 0
+
+
+async def test_more_than_dram_is_read_back_from_ssd(daemon: Daemon, spec: CacheSpec) -> None:
+    count = (8 << 20) // BLOCK  # twice the DRAM tier
+    data = data_of(count)
+    async with await AsyncClient.connect(daemon.address, timeout_s=20) as client:
+        ns = await client.open_namespace(spec)
+        chains = [ns.keys([seed] * (128 * 4)) for seed in range(count // 128)]
+        for number, keys in enumerate(chains):
+            put = await ns.put(keys, data[128 * number : 128 * number + 128])
+            assert put.stored == 128
+        for number, keys in enumerate(chains):
+            out = np.zeros((128, BLOCK), dtype=np.uint8)
+            got = await ns.get(keys, out)
+            assert (got.count, got.reason) == (128, EndReason.COMPLETE)
+            assert np.array_equal(out, data[128 * number : 128 * number + 128])
+
+
+async def test_I6_a_reader_killed_with_pins_gives_them_back(
+    daemon: Daemon, spec: CacheSpec, hold: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    async with await AsyncClient.connect(daemon.address) as client:
+        ns, keys = await opened(client, spec)
+        await ns.put(keys, data_of(16))
+        holder = hold("read")
+        assert holder.stdout is not None
+        assert await asyncio.to_thread(holder.stdout.readline) == "16\n"
+        assert (await client.stats()).pinned_blocks == 16
+        holder.kill()
+        await until(client, lambda stats: stats.pinned_blocks == 0)
+
+
+async def test_I2_what_a_killed_writer_had_not_committed_is_never_seen(
+    daemon: Daemon, spec: CacheSpec, hold: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    async with await AsyncClient.connect(daemon.address) as client:
+        holder = hold("write")
+        assert holder.stdout is not None
+        assert await asyncio.to_thread(holder.stdout.readline) == "14\n"
+        assert dram(await client.stats()).pending_bytes == 14 * BLOCK
+        ns, keys = await opened(client, spec)
+        assert ns.match(keys).count == 2
+        holder.kill()
+        await until(client, lambda stats: dram(stats).pending_bytes == 0)
+        async with ns.read(keys, timeout_s=0) as read:
+            assert (read.count, read.reason) == (2, EndReason.NEVER_STORED)
+        put = await ns.put(keys, data_of(16))
+        assert put.stored == 14
+
+
+async def test_I4_views_outlive_a_killed_node(daemon: Daemon, spec: CacheSpec) -> None:
+    data = data_of(16)
+    lost = asyncio.Event()
+    client = await AsyncClient.connect(
+        daemon.address, timeout_s=5, on_lost=lambda error: lost.set()
+    )
+    ns, keys = await opened(client, spec)
+    await ns.put(keys, data, level=AckLevel.PERSISTED)
+    lease = await ns.acquire(keys)
+    assert await lease.wait() == 16
+    daemon.kill()
+    await asyncio.wait_for(lost.wait(), 5)
+    out = np.zeros_like(data)
+    assert lease.copy_into(out) == 16
+    assert np.array_equal(out, data)
+    with pytest.raises(UnavailableError):
+        ns.match(keys)
+    lease.release()
+
+    again = Daemon(daemon.folder)
+    try:
+        again.wait_ready()
+        await client.reconnect()
+        assert ns.match(keys).tiers.tolist() == [Tier.SSD] * 16
+        out[:] = 0
+        assert (await ns.get(keys, out)).count == 16
+        assert np.array_equal(out, data)
+        await client.close()
+    finally:
+        again.kill()
+
+
+async def test_a_lost_stream_gives_all_back_when_the_client_settles(
+    daemon: Daemon, spec: CacheSpec
+) -> None:
+    async with (
+        await AsyncClient.connect(daemon.address) as client,
+        await AsyncClient.connect(daemon.address) as watcher,
+    ):
+        ns, keys = await opened(client, spec)
+        write = await ns.write(keys).__aenter__()
+        client.session._stream.cancel()
+        await until(watcher, lambda stats: dram(stats).quarantined_bytes == 16 * BLOCK)
+        assert dram(await watcher.stats()).pending_bytes == 0
+        await write.__aexit__(None, None, None)
+        await client.reconnect()
+        await until(watcher, lambda stats: dram(stats).quarantined_bytes == 0)
+        assert (await ns.put(keys, data_of(16))).stored == 16
+
+
+@pytest.mark.parametrize("name", ["put_get", "prefetch"])
+def test_examples_run(tmp_path: Path, name: str) -> None:
+    script = REPOSITORY / "examples" / f"{name}.py"
+    big = Daemon(tmp_path, "--dram", "32MiB", "--ssd", "64MiB")
+    try:
+        big.wait_ready()
+        done = subprocess.run(
+            [sys.executable, str(script), str(big.socket)],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    finally:
+        big.kill()
+    assert done.returncode == 0, done.stderr
+    if name == "put_get":
+        assert done.stdout == "stored: 16\nfound: 16 equal: True\n"
+    else:
+        assert done.stdout.count("32 of 32 blocks; the chain ended: <EndReason.COMPLETE: 1>") == 4
