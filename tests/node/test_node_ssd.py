@@ -53,11 +53,13 @@ class Rig:
         self.reports = Reports()
         self.file = SsdFile(folder, CAPACITY)
         self.file.probe(self.memory)
-        self.index = SsdIndex(folder, CAPACITY, "node-1")
+        self.index = SsdIndex(folder, CAPACITY // PAGE, "node-1")
         self.tier = SsdTier(self.file, self.index, self.memory, self.reports)
 
     def close(self) -> None:
         self.tier.close()
+        self.file.close()
+        self.index.close()
         self.memory.release()
         self.pool.close()
 
@@ -224,7 +226,7 @@ async def test_close_ends_with_work_queued(tmp_path: Path) -> None:
     for row in range(8):
         rig.tier.submit_changes([rig.write(row, os.urandom(65536), row * 65536)])
     rig.close()
-    index = SsdIndex(tmp_path, CAPACITY, "node-1")
+    index = SsdIndex(tmp_path, CAPACITY // PAGE, "node-1")
     assert len(index.entries()[0]) == 8
     index.close()
 
@@ -301,19 +303,19 @@ def test_probe_falls_back_where_the_pool_cannot_be_read_into(
 
 
 def test_index_belongs_to_one_node_and_format(tmp_path: Path) -> None:
-    SsdIndex(tmp_path, CAPACITY, "node-1").close()
+    SsdIndex(tmp_path, CAPACITY // PAGE, "node-1").close()
     with pytest.raises(ConfigError, match="node_id node-1"):
-        SsdIndex(tmp_path, CAPACITY, "node-2")
+        SsdIndex(tmp_path, CAPACITY // PAGE, "node-2")
     env = lmdb.open(str(tmp_path / "index"), max_dbs=3)
     with env.begin(write=True, db=env.open_db(b"meta")) as txn:
         txn.put(b"format_version", b"99")
     env.close()
     with pytest.raises(ConfigError, match="format_version 99"):
-        SsdIndex(tmp_path, CAPACITY, "node-1")
+        SsdIndex(tmp_path, CAPACITY // PAGE, "node-1")
 
 
 def test_index_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "data.mdb").write_bytes(b"\1" * 8192)
     with pytest.raises(ConfigError, match="SSD index"):
-        SsdIndex(tmp_path, CAPACITY, "node-1")
+        SsdIndex(tmp_path, CAPACITY // PAGE, "node-1")

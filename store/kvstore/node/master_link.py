@@ -249,7 +249,7 @@ class MasterLink:
             case "evict":
                 order = directive.evict
                 if int(order.tier) not in (Tier.DRAM, Tier.SSD):
-                    raise InvalidArgumentError(f"tier {order.tier}; this node evicts DRAM and SSD")
+                    raise InvalidArgumentError(f"tier {order.tier}; take 2 (DRAM) or 3 (SSD)")
                 effects, removal = core.evict(
                     Tier(order.tier), order.keys, order.bytes, order.drop, now
                 )

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 ID_NAME = "node_id"
 DEFAULT_TENANT = "default"
 DRAIN_TIMEOUT_S = 8.0
+SESSIONS_HELD = 4  # sessions, for each that may be open, whose client is lost or restarting
 
 
 def page_multiple(nbytes: int) -> int:
@@ -78,8 +79,9 @@ class Node:
             core_config = CoreConfig(
                 dram_bytes=self.pool.size_bytes,
                 ssd_bytes=page_multiple(config.ssd),
-                sessions_max=4 * config.sessions_max,
+                sessions_max=SESSIONS_HELD * config.sessions_max,
             )
+            ssd = self._open_ssd(resources, core_config) if config.ssd else None
             self.core = NodeCore(core_config, self.directory)
             self.driver = Driver(self.core, self._block_events)
             resources.callback(self.driver.close)
@@ -88,8 +90,12 @@ class Node:
             )
             resources.callback(self.clients.close)
             self.link = MasterLink(config.master, self)
-            if config.ssd:
-                self._open_ssd(resources)
+            if ssd is not None:
+                memory = memoryview(self.pool.map)
+                ssd[0].probe(memory)
+                self.driver.ssd = SsdTier(*ssd, memory, self.driver)
+                resources.callback(self.driver.ssd.close)
+                self._restore(ssd[1])
             self._resources = resources.pop_all()
 
     def _open_pool(self, resources: contextlib.ExitStack) -> None:
@@ -115,18 +121,17 @@ class Node:
             instance=self.instance,
         )
 
-    def _open_ssd(self, resources: contextlib.ExitStack) -> None:
+    def _open_ssd(
+        self, resources: contextlib.ExitStack, core_config: CoreConfig
+    ) -> tuple[SsdFile, SsdIndex]:
         folder = self.config.ssd_path
         if folder.absolute() != self.config.data_dir.absolute():
             resources.callback(DirectoryLock(folder).release)
-        capacity = page_multiple(self.config.ssd)
-        index = SsdIndex(folder, capacity, self.node_id)
-        file = SsdFile(folder, capacity)
-        memory = memoryview(self.pool.map)
-        file.probe(memory)
-        self.driver.ssd = SsdTier(file, index, memory, self.driver)
-        resources.callback(self.driver.ssd.close)
-        self._restore(index)
+        index = SsdIndex(folder, core_config.blocks_max, self.node_id)
+        resources.callback(index.close)
+        file = SsdFile(folder, core_config.ssd_bytes)
+        resources.callback(file.close)
+        return file, index
 
     def _restore(self, index: SsdIndex) -> None:
         """Takes over what an earlier instance left on SSD."""

@@ -104,13 +104,14 @@ class SsdTier:
         await self._idle.wait()
 
     def close(self) -> None:
-        """Ends the threads after what they have in hand; reports that come later are dropped."""
+        """Ends the threads after what they have in hand; nothing more is reported.
+
+        File and index stay open: they are their owner's.
+        """
         self._changes.put(None)
         self._committer.join()
         self._threads.shutdown(cancel_futures=True)
         self._writers.shutdown()
-        self.file.close()
-        self.index.close()
 
     def _started(self, count: int) -> None:
         self._outstanding += count

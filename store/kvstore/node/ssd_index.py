@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 INDEX_NAME = "index"
 FORMAT_VERSION = 1
 MAP_BYTES_MIN = 256 << 20
-ENTRY_BYTES = 512  # of map for each 4,096-byte slot: twice a record, for copy-on-write
+ENTRY_BYTES = 1024  # of map for each block: several records, for copy-on-write
 _FORMAT_KEY = b"format_version"
 _NODE_KEY = b"node_id"
 
@@ -21,10 +21,10 @@ _NODE_KEY = b"node_id"
 class SsdIndex:
     """What the data file holds; each ``apply`` is one transaction, on disk when it returns."""
 
-    def __init__(self, folder: Path, capacity_bytes: int, node_id: str) -> None:
+    def __init__(self, folder: Path, blocks_max: int, node_id: str) -> None:
         """Opens or creates the index; ConfigError if another format or node owns it."""
         self.path = folder / INDEX_NAME
-        map_bytes = max(MAP_BYTES_MIN, capacity_bytes // 4096 * ENTRY_BYTES)
+        map_bytes = max(MAP_BYTES_MIN, blocks_max * ENTRY_BYTES)
         try:
             self._env = lmdb.open(str(self.path), map_size=map_bytes, max_dbs=3, mode=0o600)
         except lmdb.Error as error:
