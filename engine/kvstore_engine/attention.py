@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from kvstore_engine.gemm import linear
-
 # Scores of one product: 8 MiB of float32, which the last-level cache holds.
 _SCORES_MAX = 1 << 21
 _QUERY_BLOCK_MIN = 64
@@ -181,10 +179,10 @@ class _Prefill:
             for block in self.blocks:
                 tokens = slice(block.first, block.last)
                 rows = queries[tokens, heads].transpose(0, 1)
-                scores = linear(rows.reshape(-1, self.dim), keys[: block.columns])
+                scores = product(rows.reshape(-1, self.dim), keys[: block.columns])
                 scores.view(group, -1, block.columns)[:, :, block.seen :].add_(block.mask)
                 torch.softmax(scores, dim=-1, out=scores)
-                attended = linear(scores, values[: block.columns].t())
+                attended = product(scores, values[: block.columns].t())
                 out[tokens, heads] = attended.view(group, -1, self.dim).transpose(0, 1)
 
     def _query_blocks(self, tokens: int, group: int, dtype: torch.dtype) -> list[_QueryBlock]:

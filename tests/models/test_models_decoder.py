@@ -7,6 +7,7 @@ import torch
 from kvstore_engine.loader import load_model
 from kvstore_engine.model_source import ModelLoadError
 from kvstore_engine.models import Decoder, ModelConfig, RopeConfig, build_decoder
+from kvstore_engine.pages import allocate_pages, page_bytes
 
 from tests.models.model_harness import Runner, random_decoder, relative_error, twin, twin_logits
 
@@ -146,6 +147,13 @@ def test_config_refuses_shapes_that_cannot_work() -> None:
         dataclasses.replace(LLAMA, rope=RopeConfig(scaling="factors", factors=(1.0,)))
     with pytest.raises(ModelLoadError, match="architecture 'gpt2' is not supported"):
         build_decoder(dataclasses.replace(LLAMA, architecture="gpt2"))
+
+
+def test_page_bytes_are_those_of_a_page() -> None:
+    pages = allocate_pages(QWEN3, 3, 16, torch.bfloat16)
+    assert page_bytes(QWEN3, 16, torch.bfloat16) == pages[0].nbytes
+    assert pages.shape == (3, 4, 3, 2, 16, 32)
+    assert pages.is_contiguous()
 
 
 def test_rope_text_differs_whenever_rotations_do() -> None:

