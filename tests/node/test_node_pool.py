@@ -1,13 +1,14 @@
 import errno
 import mmap
 import os
+import threading
 from pathlib import Path
 
 import pytest
 from kvstore.errors import ConfigError
 from kvstore.node import pool
 from kvstore.node.dir_lock import DirectoryLock
-from kvstore.node.pool import SharedFile, remove_stale_files
+from kvstore.node.pool import SharedFile, remove_dead_siblings, remove_stale_files
 
 
 def test_shared_file_is_private_whole_and_zero(tmp_path: Path) -> None:
@@ -74,3 +75,31 @@ def test_lock_in_an_impossible_place(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="directory"):
         DirectoryLock(tmp_path / "file" / "x")
+
+
+def test_pools_of_dead_nodes_are_removed_and_of_living_ones_not(tmp_path: Path) -> None:
+    mine, dead, living, foreign = (
+        tmp_path / name
+        for name in (
+            f"kvstore-{os.getuid()}-mine",
+            f"kvstore-{os.getuid()}-dead",
+            f"kvstore-{os.getuid()}-living",
+            f"kvstore-{os.getuid() + 1}-foreign",
+        )
+    )
+    for folder in (mine, dead, living, foreign):
+        folder.mkdir()
+        (folder / "pool-1").touch()
+    lock = DirectoryLock(living)
+    assert remove_dead_siblings(mine) == 1
+    assert not dead.exists()
+    assert all((folder / "pool-1").exists() for folder in (mine, living, foreign))
+    lock.release()
+
+
+def test_lock_waits_for_an_owner_that_is_about_to_end(tmp_path: Path) -> None:
+    lock = DirectoryLock(tmp_path / "a")
+    timer = threading.Timer(0.1, lock.release, kwargs={"remove": True})
+    timer.start()
+    DirectoryLock(tmp_path / "a", patience_s=5.0).release()
+    timer.join()

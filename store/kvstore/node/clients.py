@@ -56,6 +56,10 @@ class Clients:
         """Sessions whose stream is open."""
         return sum(not client.lost for client in self._clients.values())
 
+    def has_engine(self, engine_id: str) -> bool:
+        """Whether a session of this engine is open."""
+        return any(c.engine_id == engine_id and not c.lost for c in self._clients.values())
+
     def admit(
         self, hello: node_pb2.Hello, sink: ReplySink, end_stream: Callable[[KVStoreError], None]
     ) -> Client:

@@ -2,43 +2,55 @@
 
 import fcntl
 import os
+import time
 from pathlib import Path
 
 from kvstore.errors import ConfigError
 
 LOCK_NAME = "lock"
+PATIENCE_S = 0.5
+RETRY_S = 0.02
 
 
 class DirectoryLock:
     """Held from construction to ``release``; ConfigError if another process holds it."""
 
-    def __init__(self, folder: Path) -> None:
-        """Makes ``folder`` (mode 0700) if need be and locks it."""
+    def __init__(self, folder: Path, *, patience_s: float = PATIENCE_S) -> None:
+        """Makes ``folder`` (mode 0700) if need be and locks it.
+
+        The patience is for a node that is just sweeping up after dead ones, or is about to end.
+        """
         self.folder = folder
+        deadline = time.monotonic() + patience_s
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._descriptor = self._lock(folder / LOCK_NAME)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{folder} is in use by another node; give each node a directory of its own"
-            ) from None
+            while (descriptor := self._try()) is None:
+                if time.monotonic() >= deadline:
+                    raise ConfigError(
+                        f"{folder} is in use by another node; give each node one of its own"
+                    )
+                time.sleep(RETRY_S)
         except OSError as error:
             raise ConfigError(f"directory {folder}: {error.strerror}") from None
+        self._descriptor = descriptor
 
-    @staticmethod
-    def _lock(path: Path) -> int:
-        while True:
+    def _try(self) -> int | None:
+        """The locked file's descriptor, or None while another process has it."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self.folder / LOCK_NAME
+        try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # An owner that ended may have removed the file between open and flock: a lock
-                # on a file without a name protects nothing.
-                if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                    return descriptor
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
+        except FileNotFoundError:
+            return None  # an owner that ended has just removed the directory
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The same owner may have removed the file between open and flock: a lock on a file
+            # without a name protects nothing.
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        os.close(descriptor)
+        return None
 
     def release(self, *, remove: bool = False) -> None:
         """Gives the directory up; ``remove`` takes the lock file, and an empty directory, away."""

@@ -25,7 +25,7 @@ from kvstore.node.dir_lock import DirectoryLock
 from kvstore.node.driver import Driver
 from kvstore.node.hbm import HbmInventory
 from kvstore.node.master_link import MasterLink
-from kvstore.node.pool import SharedFile, remove_stale_files
+from kvstore.node.pool import SharedFile, remove_dead_siblings, remove_stale_files
 from kvstore.node.settings import NodeConfig
 from kvstore.node.ssd import SsdTier
 from kvstore.node.ssd_file import SsdFile
@@ -104,7 +104,8 @@ class Node:
             raise ConfigError(f"pool_dir {config.pool_dir} is not a directory")
         folder = config.pool_dir / f"kvstore-{os.getuid()}-{self.node_id}"
         resources.callback(DirectoryLock(folder).release, remove=True)
-        if stale := remove_stale_files(folder):
+        stale = remove_stale_files(folder) + remove_dead_siblings(folder)
+        if stale:
             log.info("removed %d pool files of instances that were killed", stale)
         pool_bytes = page_multiple(config.dram)
         entries = entries_for(pool_bytes + config.ssd)
@@ -203,8 +204,10 @@ class Node:
             root, Tier.HBM, engine_id, events.stored, events.removed, cleared=events.cleared
         )
 
-    def hbm_engine_gone(self, engine_id: str) -> None:
-        """An engine's session ended: what it had in its pages is not to be counted on."""
+    def session_ended(self, engine_id: str) -> None:
+        """What an engine without a session has in its pages is not to be counted on."""
+        if self.clients.has_engine(engine_id):
+            return
         for root in self.hbm.roots_of(engine_id):
             self.hbm.clear(root, engine_id)
             self.link.changed(root, Tier.HBM, engine_id, b"", b"", cleared=True)

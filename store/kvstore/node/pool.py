@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kvstore.errors import ConfigError
+from kvstore.node.dir_lock import DirectoryLock
 
 MADV_POPULATE_WRITE = 23
 POPULATE_STEP_BYTES = 64 << 20
@@ -25,6 +26,25 @@ def remove_stale_files(folder: Path) -> int:
     for path in stale:
         path.unlink()
     return len(stale)
+
+
+def remove_dead_siblings(folder: Path) -> int:
+    """Removes the pools of other nodes of this user whose process is gone.
+
+    Their memory would stay taken until the host restarts. Whether a node lives is told by its
+    lock alone.
+    """
+    removed = 0
+    for sibling in folder.parent.glob(f"kvstore-{os.getuid()}-*"):
+        if sibling == folder:
+            continue
+        try:
+            lock = DirectoryLock(sibling, patience_s=0.0)
+        except ConfigError:
+            continue
+        removed += remove_stale_files(sibling)
+        lock.release(remove=True)
+    return removed
 
 
 class SharedFile:

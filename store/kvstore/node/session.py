@@ -112,8 +112,8 @@ class Session:
             raise self._ended_by from None
         finally:
             writer.cancel()
-            self._node.hbm_engine_gone(self._client.engine_id)
             self._node.clients.stream_ended(self._client)
+            self._node.session_ended(self._client.engine_id)
 
     def _end(self, error: KVStoreError) -> None:
         """Ends the stream from this side, with ``error`` as its status."""

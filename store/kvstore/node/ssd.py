@@ -137,7 +137,10 @@ class SsdTier:
         with self._inbox_lock:
             inbox, self._inbox = self._inbox, []
         for report in inbox:
-            report()
+            try:
+                report()
+            except Exception:  # a bug must not keep the other reports from being heard
+                log.exception("report of a disk request failed")
 
     def _slots(self, ops: Sequence[ReadSsd] | Sequence[WriteSsd]) -> list[memoryview]:
         return [self._memory[op.dram_offset : op.dram_offset + slot_bytes(op.nbytes)] for op in ops]
