@@ -49,6 +49,7 @@ class FakeDisk:
     def __init__(self, nbytes: int) -> None:
         self.data = bytearray(nbytes)
         self.index: dict[bytes, bytes] = {}
+        self.durable: set[bytes] = set()  # keys that were in the index at some time
         self.reads: list[ReadSsd] = []
         self.writes: list[WriteSsd] = []
         self.drops: list[DropSsd] = []
@@ -194,7 +195,7 @@ class Rig:
 
     def granted(self, request: int, session: int = 1) -> dict[int, int]:
         """Pool offset by index of the key, of all that was granted."""
-        bodies = self.answers[session, request]
+        bodies = self.answers.get((session, request), [])
         runs = [run for body in bodies if isinstance(body, Granted) for run in body.runs]
         return offsets_of(runs)
 
@@ -251,6 +252,7 @@ class Rig:
             self.disk.data[op.ssd_offset : op.ssd_offset + op.nbytes] = data
             if not fail:
                 self.disk.index[op.key] = op.record.encode()
+                self.disk.durable.add(op.key)
         self.apply(self.core.writes_done(ops, not fail, self.now))
 
     def end_drop(self, op: DropSsd) -> None:

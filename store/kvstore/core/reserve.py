@@ -166,7 +166,7 @@ class Reserves:
         keys = reservation.keys[reservation.next :]
         parent = self._parent_row(reservation)
         rows = table.lookup(keys)
-        statuses = self._statuses(reservation, rows, now)
+        statuses = self._statuses(reservation, rows)
         used = np.append(rows, parent)
         used = used[used >= 0]
         # What is looked at must not vanish for the rest; what is on SSD may leave DRAM for it.
@@ -188,16 +188,20 @@ class Reserves:
             blocks.take_dram(rows[wanting], offsets, DramState.FILLING)
             self.fills.start(reservation, rows[wanting], now)
             statuses[wanting] = ReserveStatus.SLOT
+        if reservation.num_shards > 1:
+            for i in np.flatnonzero(statuses[:done] == ReserveStatus.BUSY).tolist():
+                if self.fills.join(reservation, int(rows[i]), now):
+                    statuses[i] = ReserveStatus.SLOT
         part = slice(reservation.next, reservation.next + done)
         slots = statuses[:done] == ReserveStatus.SLOT
         reservation.statuses[part] = statuses[:done]
         reservation.rows[part] = np.where(slots, rows[:done], NO_ROW)
         reservation.open[part] = slots
         reservation.next += done
-        if parent >= 0:
-            blocks.discard(np.array([parent]))
+        if len(used):
+            blocks.discard(np.unique(used))  # placeholders that nothing came to stand behind
 
-    def _statuses(self, reservation: Reservation, rows: Rows, now: float) -> npt.NDArray[np.uint8]:
+    def _statuses(self, reservation: Reservation, rows: Rows) -> npt.NDArray[np.uint8]:
         blocks, table = self.blocks, self.blocks.table
         statuses = np.zeros(len(rows), dtype=np.uint8)
         known = rows >= 0
@@ -212,10 +216,6 @@ class Reserves:
         statuses[busy | foreign] = ReserveStatus.BUSY
         blocks.dram_policy.touched(rows[have & (dram == DramState.LIVE)])
         blocks.ssd_policy.touched(rows[have & (ssd == SsdState.LIVE)])
-        if reservation.num_shards > 1:
-            for i in np.flatnonzero(busy).tolist():
-                if self.fills.join(reservation, int(rows[i]), now):
-                    statuses[i] = ReserveStatus.SLOT
         return statuses
 
     def _parent_row(self, reservation: Reservation) -> int:
