@@ -10,11 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from kvstore_client import AsyncClient, CacheSpec, Namespace
+from kvstore_client import AsyncClient, CacheSpec, Lease, Namespace
 
 from benchmarks.echo import receive
 from benchmarks.errors import BenchmarkError
@@ -25,6 +26,7 @@ ROUNDS = 30
 BATCH_BYTES = 64 << 20
 # Four batches in turn: more than the caches of today's CPUs keep between two uses of one.
 BATCHES = 4
+IN_FLIGHT = 2
 POOL = "512MiB"
 BLOCK_SIZES = {"1MiB": 1 << 20, "64KiB": 64 << 10}
 LOOKUP_KEYS = 512
@@ -43,23 +45,36 @@ class Memcpy:
         self._source = source
         self._out = np.ones(BATCH_BYTES, dtype=np.uint8)
 
-    async def round(self, number: int) -> float:
+    async def one(self, number: int) -> float:
         """One batch."""
         source = self._source[number % BATCHES]
         start = time.perf_counter()
         np.copyto(self._out, source)
         return time.perf_counter() - start
 
+    async def all(self, number: int) -> float:
+        """Every batch."""
+        del number
+        start = time.perf_counter()
+        for source in self._source:
+            np.copyto(self._out, source)
+        return time.perf_counter() - start
+
 
 class Blocks:
-    """Batches of blocks of one size through the client."""
+    """Batches of blocks of one size through the client.
+
+    ``get`` and ``put`` keep two batches in flight, as a connector does that serves more than one
+    request: while one is copied, the node works on the other. ``get_alone`` and ``put_alone``
+    start a batch when the one before has ended.
+    """
 
     def __init__(self, namespace: Namespace, source: Buffer) -> None:
         self._namespace = namespace
         self._source = source
         self._out = np.ones(BATCH_BYTES, dtype=np.uint8)
         self._tokens = itertools.count()
-        self._kept = [self._new_keys() for _ in range(BATCHES)]
+        self._kept: list[list[bytes]] = []
 
     def _new_keys(self) -> list[bytes]:
         """Keys of one prompt that nobody has asked for yet."""
@@ -70,31 +85,67 @@ class Blocks:
         return self._namespace.keys(tokens)
 
     async def fill(self) -> None:
-        """Stores the batches that ``get_round`` reads."""
+        """Stores the batches that are read."""
+        self._kept = [self._new_keys() for _ in range(BATCHES)]
         for number, keys in enumerate(self._kept):
             await self._put(keys, number)
 
-    async def _put(self, keys: list[bytes], number: int) -> float:
-        start = time.perf_counter()
-        put = await self._namespace.put(keys, self._source[number % BATCHES])
-        seconds = time.perf_counter() - start
+    async def _put(self, keys: list[bytes], number: int) -> None:
+        put = await self._namespace.put(keys, self._source[number])
         if put.stored != len(keys):
             raise BenchmarkError(f"{put.stored} of {len(keys)} blocks were stored")
-        return seconds
 
-    async def put_round(self, number: int) -> float:
+    async def put_alone(self, number: int) -> float:
         """Stores a batch of new blocks; older ones make room."""
-        return await self._put(self._new_keys(), number)
+        keys = self._new_keys()
+        start = time.perf_counter()
+        await self._put(keys, number % BATCHES)
+        return time.perf_counter() - start
 
-    async def get_round(self, number: int) -> float:
+    async def put(self, number: int) -> float:
+        """Stores batches of new blocks."""
+        del number
+        batches = list(enumerate([self._new_keys() for _ in range(BATCHES)]))
+
+        async def worker() -> None:
+            while batches:
+                source, keys = batches.pop()
+                await self._put(keys, source)
+
+        start = time.perf_counter()
+        await asyncio.gather(*(worker() for _ in range(IN_FLIGHT)))
+        return time.perf_counter() - start
+
+    def _check(self, count: int, number: int) -> None:
+        if count != len(self._kept[number]) or not np.array_equal(self._out, self._source[number]):
+            raise BenchmarkError(f"{count} blocks of batch {number} were read, or wrong bytes")
+
+    async def get_alone(self, number: int) -> float:
         """Pins a batch, copies it out once, and unpins it."""
         keys = self._kept[number % BATCHES]
         start = time.perf_counter()
         async with self._namespace.read(keys) as read:
             count = read.copy_into(self._out)
         seconds = time.perf_counter() - start
-        if count != len(keys) or not np.array_equal(self._out, self._source[number % BATCHES]):
-            raise BenchmarkError(f"{count} of {len(keys)} blocks were read, or wrong bytes")
+        self._check(count, number % BATCHES)
+        return seconds
+
+    async def get(self, number: int) -> float:
+        """Pins each batch, copies it out once, and unpins it; asks for the next one before."""
+        del number
+        waiting: deque[Lease] = deque()
+        ahead = deque(self._kept)
+        count = 0
+        start = time.perf_counter()
+        while ahead or waiting:
+            while ahead and len(waiting) < IN_FLIGHT:
+                waiting.append(await self._namespace.acquire(ahead.popleft()))
+            lease = waiting.popleft()
+            await lease.wait()
+            count = lease.copy_into(self._out)
+            lease.release()
+        seconds = time.perf_counter() - start
+        self._check(count, BATCHES - 1)
         return seconds
 
 
@@ -107,10 +158,14 @@ async def _copies(client: AsyncClient, rounds: int) -> list[Row]:
         spec = CacheSpec.raw(f"benchmark {size}", block_bytes=nbytes)
         blocks = Blocks(await client.open_namespace(spec), source)
         await blocks.fill()
-        got = await interleave(blocks.get_round, memcpy.round, rounds=rounds, warmup=BATCHES)
-        rows.append(got.rate_row(f"get_{size}", BATCH_BYTES, "memcpy"))
-        put = await interleave(blocks.put_round, memcpy.round, rounds=rounds, warmup=2 * BATCHES)
-        rows.append(put.rate_row(f"put_{size}", BATCH_BYTES, "memcpy"))
+        for name, ours, theirs, moved in (
+            (f"get_{size}", blocks.get, memcpy.all, BATCHES * BATCH_BYTES),
+            (f"get_{size}_alone", blocks.get_alone, memcpy.one, BATCH_BYTES),
+            (f"put_{size}", blocks.put, memcpy.all, BATCHES * BATCH_BYTES),
+            (f"put_{size}_alone", blocks.put_alone, memcpy.one, BATCH_BYTES),
+        ):
+            measured = await interleave(ours, theirs, rounds=rounds)
+            rows.append(measured.rate_row(name, moved, "memcpy"))
     return rows
 
 
