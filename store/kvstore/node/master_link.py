@@ -122,7 +122,13 @@ class MasterLink:
             try:
                 await self._session()
                 reason = "it ended the session"
-            except (grpc.aio.AioRpcError, KVStoreError, TimeoutError) as error:
+            # InvalidStateError is what a write to a stream that has just ended raises.
+            except (
+                grpc.aio.AioRpcError,
+                asyncio.InvalidStateError,
+                KVStoreError,
+                TimeoutError,
+            ) as error:
                 reason = _reason(error)
             if self.connected or not away:
                 log.warning("master %s is away, working alone: %s", self._address, reason)
