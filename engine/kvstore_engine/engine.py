@@ -221,6 +221,7 @@ class Engine:
         token, logprob = sampled
         cache = None
         if not request.num_output:
+            self.transfers.explain(request)
             cache = request.cache
             self.counters.count_prefix(request.num_prompt, cache)
         request.tokens.append(token)

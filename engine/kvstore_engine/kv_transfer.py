@@ -72,6 +72,10 @@ class KVConnector(Protocol):
         """Blocks loadable from block ``first`` on. None: not known yet, ask in a later step."""
         ...
 
+    def end_reason(self, request_id: str) -> str | None:
+        """Why the store has no more than the last match said, where that was learnt since."""
+        ...
+
     def start_load(self, request_id: str, first: int, pages: list[int]) -> None:
         """Loads blocks ``first …`` into ``pages``; exactly one LoadResult follows, always.
 

@@ -84,6 +84,12 @@ class Transfers:
             return None
         return TIMED_OUT if source is None else NO_SPACE
 
+    def explain(self, request: Request) -> None:
+        """A store may tell only after its match why it has no more; the first token is in time."""
+        if self.connector is not None and request.cache.end_reason == NOTHING.end_reason:
+            reason = self.connector.end_reason(request.request_id)
+            request.cache.end_reason = reason or NOTHING.end_reason
+
     def loadable(self, blocks: int) -> int:
         """How many of ``blocks`` may be loaded now."""
         return max(0, min(blocks, self.lend_max - self._blocks.num_pinned))

@@ -50,6 +50,10 @@ class KVStoreConnector:
         """Blocks in the store from ``first`` on; always known at once."""
         return BlockSource(*self._core.match(request_id, first))
 
+    def end_reason(self, request_id: str) -> str | None:
+        """Why the store has no more, if the node has told since the match."""
+        return self._core.end_reason(request_id)
+
     def start_load(self, request_id: str, first: int, pages: list[int]) -> None:
         """Loads into ``pages``; one LoadResult follows."""
         self._core.start_load(request_id, first, pages)

@@ -87,6 +87,10 @@ class ConnectorCore:
         """How many blocks from ``first`` on can be loaded, and why not more."""
         return self._lookups.match(request_id, first)
 
+    def end_reason(self, request_id: str) -> str | None:
+        """Why the store has no more than the last match said, if that is known by now."""
+        return self._lookups.end_reason(request_id)
+
     def start_load(self, request_id: str, first: int, pages: Sequence[int]) -> None:
         """Loads blocks ``first …`` of the request into ``pages``."""
         assert self._loads is not None, "register_pages comes first"
@@ -119,8 +123,9 @@ class ConnectorCore:
         """What ended since the last call."""
         finished = self._outbox.drain()
         if self._loads is not None:
-            for load in finished.loads:
-                self._loads.ended(load.request_id)
+            for result in finished.loads:
+                if (load := self._loads.ended(result.request_id)) is not None:
+                    self._lookups.loaded(load)
         return finished
 
     def counters(self) -> dict[str, float]:

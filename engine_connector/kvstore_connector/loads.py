@@ -90,9 +90,9 @@ class Loads:
         if load := self._running.get(request_id):
             load.cancelled = True
 
-    def ended(self, request_id: str) -> None:
+    def ended(self, request_id: str) -> Load | None:
         """The engine took the result."""
-        self._running.pop(request_id, None)
+        return self._running.pop(request_id, None)
 
     def close(self) -> None:
         """Ends what is left, after a copy that is under way. The link is closed before."""

@@ -81,6 +81,18 @@ class Lookups:
         known = lookup.reason_at == lookup.found_end
         return count, lookup.reason if known else NEVER_STORED
 
+    def end_reason(self, request_id: str) -> str | None:
+        """Why the node has no more than the last match said, if it has told."""
+        lookup = self._open.get(request_id)
+        known = lookup is not None and lookup.reason_at == lookup.found_end
+        return lookup.reason if lookup is not None and known else None
+
+    def loaded(self, load: Load) -> None:
+        """A load that asked for the block behind its own tells why that is not there."""
+        lookup = self._open.get(load.request_id)
+        if lookup is not None and load.next_key and load.blocks == len(load.keys):
+            lookup.reason, lookup.reason_at = load.end_reason, lookup.found_end
+
     def load(self, request_id: str, first: int, pages: list[int], deadline_s: float) -> Load:
         """The load of blocks ``first …`` into ``pages``.
 

@@ -58,13 +58,16 @@ def test_a_load_tells_why_the_chain_ended(rig: Rig) -> None:
     rig.store.reasons[keys[3]] = EndReason.EVICTED
     rig.store.run_blocks = 2
     assert rig.load(keys) == FinishedLoad("r", 3, "evicted", {"dram": 3})
+    assert rig.core.end_reason("r") == "evicted"
 
 
 def test_a_missing_block_gets_its_reason_without_waiting(rig: Rig) -> None:
     keys = rig.keys(3)
     rig.store.reasons[keys[0]] = EndReason.CORRUPT
     rig.core.on_request("r", keys)
+    assert rig.core.end_reason("r") is None
     wait_until(lambda: rig.core.match("r", 0) == (0, "corrupt"))
+    assert rig.core.end_reason("r") == "corrupt"
     rig.store.blocks[keys[0]] = bytes(512)
     assert rig.core.match("r", 0) == (1, "never_stored")
     rig.core.request_finished("r")

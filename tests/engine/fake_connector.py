@@ -22,6 +22,7 @@ class Manner:
     never_load: float = 0.0  # loads that are not answered until ``answer_all``
     never_match: bool = False
     never_save: bool = False
+    late_reason: str | None = None  # known once the match was answered
 
 
 @dataclass
@@ -80,6 +81,10 @@ class FakeConnector:
             blocks += 1
         complete = first + blocks == len(keys)
         return BlockSource(blocks, "complete" if complete else "never_stored")
+
+    def end_reason(self, request_id: str) -> str | None:
+        assert request_id in self._known
+        return self.manner.late_reason
 
     def start_load(self, request_id: str, first: int, pages: list[int]) -> None:
         assert all(load.request_id != request_id for load in self._loads), "two loads at a time"

@@ -53,6 +53,13 @@ def test_the_reason_of_the_store_is_passed_on() -> None:
     assert (answer.cache.dram, answer.cache.end_reason) == (12, "never_stored")
 
 
+def test_a_reason_that_comes_after_the_match_is_in_time() -> None:
+    rig, _ = over(Manner(late_reason="evicted"))
+    answer = rig.ask("r", PROMPT[:12] + [1] * 10, 1)
+    assert answer.cache is not None
+    assert (answer.cache.dram, answer.cache.end_reason) == (12, "evicted")
+
+
 @pytest.mark.parametrize("manner", [Manner(partial=1.0), Manner(lost=1.0)], ids=["partial", "lost"])
 def test_I9_what_a_load_did_not_bring_is_computed(manner: Manner) -> None:
     rig, connector = over(manner)
