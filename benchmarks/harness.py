@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -148,10 +149,14 @@ def write(path: Path, benchmark: str, rows: Sequence[Row]) -> None:
 
 def show(rows: Sequence[Row]) -> None:
     """Prints the rows for people."""
-    table = Table("metric", "value", "against", "ratio: min", "median", "max", "n")
+    table = Table(box=None, pad_edge=False)
+    for name in ("metric", "value", "against", "ratio: min", "median", "max", "n"):
+        table.add_column(name, no_wrap=True, overflow="ignore")
     for row in rows:
         ratio = row.ratio
         figures = [f"{x:.2f}" for x in (ratio.min, ratio.median, ratio.max)] if ratio else [""] * 3
         count = str(ratio.n) if ratio else ""
         table.add_row(row.metric, f"{row.value:.3f} {row.unit}", row.against, *figures, count)
-    Console().print(table)
+    # Piped output has no width of its own, and a cut figure is of no use.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
