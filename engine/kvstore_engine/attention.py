@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvstore_engine.gemm import product
+
 # Scores of one product: 8 MiB of float32, which the last-level cache holds.
 _SCORES_MAX = 1 << 21
 _QUERY_BLOCK_MIN = 64
