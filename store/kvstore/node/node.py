@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 ID_NAME = "node_id"
 DEFAULT_TENANT = "default"
 DRAIN_TIMEOUT_S = 8.0
+READS_IN_FLIGHT_MAX = 64  # blocks; neighbours go as one request
 SESSIONS_HELD = 4  # sessions, for each that may be open, whose client is lost or restarting
 
 
@@ -79,6 +80,7 @@ class Node:
             core_config = CoreConfig(
                 dram_bytes=self.pool.size_bytes,
                 ssd_bytes=page_multiple(config.ssd),
+                reads_in_flight_max=READS_IN_FLIGHT_MAX,
                 sessions_max=SESSIONS_HELD * config.sessions_max,
             )
             ssd = self._open_ssd(resources, core_config) if config.ssd else None

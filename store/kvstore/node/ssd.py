@@ -27,7 +27,7 @@ from kvstore.node.ssd_index import SsdIndex
 log = logging.getLogger(__name__)
 
 IO_THREADS = 4
-READ_RUN_BYTES = 1 << 20  # short, so that the first blocks of a prompt are usable early
+READ_RUN_BYTES = 2 << 20  # short, so that the first blocks of a prompt are usable early
 WRITE_RUN_BYTES = 4 << 20
 GROUP_BYTES = 64 << 20
 GROUP_CHANGES = 16384
