@@ -7,7 +7,7 @@ from rich.text import Text
 
 from kvstore.cli.connection import connect
 from kvstore.cli.options import DEFAULT_MASTER, JsonOption, MasterOption
-from kvstore.cli.output import bar, console, duration, print_json, size, table, tier_name
+from kvstore.cli.output import console, duration, print_json, size, table, tier_name
 from kvstore.cli.status import usage_json
 
 STATE_STYLES = {"ready": "green", "syncing": "yellow", "lost": "red"}
@@ -70,5 +70,4 @@ def _used(usage: common_pb2.TierUsage | None) -> Text:
     if usage is None or not usage.capacity_bytes:
         return Text("–", style="bright_black")
     used = usage.capacity_bytes - usage.free_bytes
-    text = bar([(used, "green")], usage.capacity_bytes, cells=8)
-    return text.append(f" {size(used)} of {size(usage.capacity_bytes)}")
+    return Text(f"{size(used)} / {size(usage.capacity_bytes)}")

@@ -1,7 +1,6 @@
 """The Master service: sessions of nodes, Locate, Watch."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import AsyncIterable
@@ -61,8 +60,9 @@ class MasterService(master_pb2_grpc.MasterServicer):
                 raise
             raise UnavailableError(f"the master ended this session: {link.ended_because}") from None
         finally:
-            writer.cancel()
             self._cluster.leave(link)
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
 
     async def _take(self, node: Node, link: NodeLink, report: master_pb2.NodeReport) -> None:
         kind = report.WhichOneof("report")
@@ -172,6 +172,5 @@ class MasterService(master_pb2_grpc.MasterServicer):
 
 
 async def _write(link: NodeLink, context: Context) -> None:
-    with contextlib.suppress(grpc.RpcError):
-        while True:
-            await context.write(await link.outgoing.get())
+    while True:
+        await context.write(await link.outgoing.get())
