@@ -1,0 +1,1 @@
+"""Triton kernels of kvstore: one folder an op. None yet: the CPU engine needs none."""
