@@ -12,6 +12,8 @@ from kvstore.core.types import Tier
 
 Eligible = Callable[[Rows], Mask]
 
+RANK_MAX = 1 << 42
+_DEPTH_BITS = 20
 _WINDOW_MIN = 1024
 _NONE: Rows = np.empty(0, dtype=np.int64)
 
@@ -31,7 +33,7 @@ class EvictionPolicy(ABC):
 
     @property
     def rank(self) -> npt.NDArray[np.int64]:
-        """A number a row: smaller goes first. Grows with the table."""
+        """A number below RANK_MAX a row: smaller goes first. Grows with the table."""
         if len(self._rank) < self.table.capacity:
             rank = np.zeros(self.table.capacity, dtype=np.int64)
             rank[: len(self._rank)] = self._rank
@@ -45,7 +47,9 @@ class EvictionPolicy(ABC):
     def in_order(self, rows: Rows) -> Rows:
         """These blocks by rank, but children before their parents."""
         up = local_parents(rows, self.table.parent, self.table.scratch)
-        ordered: Rows = rows[np.argsort(raise_above_children(self.rank[rows], up), kind="stable")]
+        # The low bits put a block right behind the child it waits for, before the next rank.
+        rank = raise_above_children(self.rank[rows] << _DEPTH_BITS, up)
+        ordered: Rows = rows[np.argsort(rank, kind="stable")]
         return ordered
 
     @abstractmethod
@@ -69,16 +73,13 @@ class RankWindow:
     remembered and asked for again the next time.
     """
 
-    def __init__(self, policy: EvictionPolicy) -> None:
+    def __init__(self, policy: EvictionPolicy, floor: int = 0) -> None:
         self._policy = policy
+        self._floor = floor  # ranks below are another window's
         self._rows = _NONE
         self._position = 0
         self._skipped = _NONE
         self._top = -1  # ranks up to this one are in the window
-
-    def reset(self) -> None:
-        """For policies that lower a rank: the next choice looks at all blocks."""
-        self._rows, self._skipped, self._position, self._top = _NONE, _NONE, 0, -1
 
     def select(
         self, count: int, eligible: Eligible, members: Callable[[], Rows] | None = None
@@ -105,7 +106,8 @@ class RankWindow:
     def _still_valid(self, rows: Rows) -> Rows:
         policy = self._policy
         live = policy.table.state_in(policy.tier)[rows] == LIVE
-        valid: Rows = rows[live & (policy.rank[rows] <= self._top)]
+        rank = policy.rank[rows]
+        valid: Rows = rows[live & (rank <= self._top) & (rank >= self._floor)]
         return valid
 
     def _leaves_first(self, rows: Rows, count: int, eligible: Eligible) -> Rows:

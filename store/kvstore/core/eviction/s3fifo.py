@@ -7,11 +7,11 @@ choice restricted to leaves, and with the node's ghosts in place of a ghost queu
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.core.eviction.base import Eligible, EvictionPolicy, RankWindow
+from kvstore.core.eviction.base import RANK_MAX, Eligible, EvictionPolicy, RankWindow
 from kvstore.core.table import Mask, Rows, Table
 from kvstore.core.types import Tier
 
-_MAIN = 1 << 62  # ranks from here on are in the main queue
+_MAIN = RANK_MAX // 2  # ranks from here on are in the main queue
 _USES_MAX = 3
 _SMALL_SHARE = 10  # the small queue is a tenth of the blocks
 _ROUNDS_MAX = 2 * _USES_MAX + 2
@@ -25,7 +25,7 @@ class S3FifoPolicy(EvictionPolicy):
         self._uses = np.zeros(table.capacity, dtype=np.uint8)
         self._clock = 0
         self._small = RankWindow(self)
-        self._main = RankWindow(self)
+        self._main = RankWindow(self, _MAIN)
 
     def inserted(self, rows: Rows, returning: Mask | None = None) -> None:
         """Blocks that gave way not long ago go to the main queue at once."""

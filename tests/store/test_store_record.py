@@ -1,0 +1,62 @@
+"""Records of blocks on SSD."""
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kvstore.core.effects import Effects, ReadSsd
+from kvstore.core.ssd_record import HEAD_BYTES, ONE_SHARD_BYTES, SsdRecord, decode_many
+from kvstore.errors import CorruptError
+
+from tests.store.rig import chain
+
+KEYS = chain("record", 8)
+
+
+def record(i: int, shards: int = 1) -> SsdRecord:
+    sums = tuple(2**64 - 1 - s for s in range(shards))
+    return SsdRecord(KEYS[i], KEYS[0], KEYS[i - 1], 5000 + i, i << 33, sums, 2**63 + i)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 256])
+def test_record_comes_back(shards: int) -> None:
+    value = record(3, shards).encode()
+    assert len(value) == HEAD_BYTES + 8 * shards
+    assert SsdRecord.decode(KEYS[3], value) == record(3, shards)
+
+
+def test_many_records_of_one_shard_are_decoded_together() -> None:
+    records = [record(i) for i in range(8)]
+    decoded, usable = decode_many(KEYS, [r.encode() for r in records])
+    assert decoded == records
+    assert usable.all()
+    assert decoded[0].root is decoded[7].root
+    assert decode_many([], [])[0] == []
+
+
+def test_I11_entries_that_are_no_records_are_left_out() -> None:
+    good, shards = record(1).encode(), record(2, 3).encode()
+    values = [good, shards, good[:-1], b"", good + bytes(8), good]
+    decoded, usable = decode_many([*KEYS[1:6], b"short"], values)
+    assert decoded == [record(1), record(2, 3)]
+    assert usable.tolist() == [True, True, False, False, False, False]
+    odd = bytearray(good)
+    odd[HEAD_BYTES - 8] = 2
+    assert not decode_many(KEYS[:1], [bytes(odd)])[1].any()
+
+
+@given(st.binary(max_size=2 * ONE_SHARD_BYTES))
+def test_I11_junk_is_corrupt_or_a_record(value: bytes) -> None:
+    with contextlib.suppress(CorruptError):
+        assert SsdRecord.decode(KEYS[0], value).encode()[:88] == value[:88]
+
+
+def test_effects_of_several_calls_are_joined() -> None:
+    one, two = Effects(), Effects()
+    assert not one
+    read = ReadSsd(0, KEYS[0], 0, 0, 1, (1,))
+    two.reads.append(read)
+    one.extend(two)
+    assert one
+    assert one.reads == [read]
