@@ -11,6 +11,7 @@ from kvstore.core.spec import CacheSpec
 from kvstore_connector.config import ConnectorConfig
 from kvstore_connector.core import ConnectorCore
 from kvstore_connector.outbox import FinishedLoad
+from kvstore_connector.store import Connect
 
 from tests.connector.fake_store import FakeStore
 
@@ -32,15 +33,23 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 
 class Rig:
-    """The core, its store and its pages; ``settings`` are those of ConnectorConfig."""
+    """The core, its pages, and its fake store unless ``connect`` leads to a real one.
+
+    ``settings`` are those of ConnectorConfig.
+    """
 
     def __init__(
-        self, *, store: FakeStore | None = None, num_pages: int = 64, **settings: Any
+        self,
+        *,
+        store: FakeStore | None = None,
+        connect: Connect | None = None,
+        num_pages: int = 64,
+        **settings: Any,
     ) -> None:
         self.store = store or FakeStore()
         self.rows = np.zeros((num_pages, BLOCK_BYTES), np.uint8)
         config = ConnectorConfig(**{"node": "unix:/fake", "connect_timeout_s": 5.0, **settings})
-        self.core = ConnectorCore(config, SPEC, self.store.connect)
+        self.core = ConnectorCore(config, SPEC, connect or self.store.connect)
         self.core.register_pages(self.rows)
         self.loads: list[FinishedLoad] = []
         self.pages: list[int] = []
