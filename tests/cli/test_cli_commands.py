@@ -84,9 +84,10 @@ async def test_nodes(master: Master, cli: Callable[..., Any]) -> None:
     await until(lambda: master.cluster.members.nodes["node-b"].state.value == "lost")
     _, out, _ = await cli("nodes")
     assert [line.split()[:3] for line in out.splitlines() if "node-" in line] == [
-        ["node-a", "ready", "host"],
-        ["node-b", "lost", "host"],
+        ["node-a", "ready", "now"],
+        ["node-b", "lost", "now"],
     ]
+    assert "14 % of 1 MiB" in out
     listed = json.loads((await cli("nodes", "--json"))[1])["nodes"]
     assert [(n["node_id"], n["state"], n["sessions"]) for n in listed] == [
         ("node-a", "ready", 3),
@@ -158,7 +159,7 @@ async def test_evict(master: Master, cli: Callable[..., Any]) -> None:
     order = (await node.answer(blocks=2, bytes=8192, pinned=1)).evict
     assert (order.tier, order.bytes, order.drop, order.keys) == (DRAM, 1 << 20, True, b"")
     code, out, _ = await call
-    assert (code, out) == (0, "Evicted 2 blocks (8.0 KiB) on 1 node. 1 block in use stayed.\n")
+    assert (code, out) == (0, "Evicted 2 blocks (8 KiB) on 1 node. 1 block in use stayed.\n")
     call = asyncio.ensure_future(
         cli("evict", "--tier", "ssd", "--keys", keys(1).hex(), "--json", "--node", "node-a")
     )
@@ -180,7 +181,7 @@ async def test_purge(
     node = await stocked(master)
     call = asyncio.ensure_future(cli("purge", "--namespace", ROOT.hex()[:8], "--yes"))
     assert (await node.answer(blocks=3, bytes=12288)).purge.root == ROOT
-    assert (await call)[1] == "Purged 3 blocks (12.0 KiB) on 1 node.\n"
+    assert (await call)[1] == "Purged 3 blocks (12 KiB) on 1 node.\n"
     call = asyncio.ensure_future(cli("purge", "--all", "-y"))
     await node.answer(error="no")
     code, _, err = await call

@@ -10,8 +10,8 @@ from kvstore.cli.output import bar, count, duration, size
         (0, "0 B"),
         (1023, "1023 B"),
         (1536, "1.5 KiB"),
-        (3 << 30, "3.0 GiB"),
-        (5 << 50, "5120.0 TiB"),
+        (3 << 30, "3 GiB"),
+        (5 << 50, "5120 TiB"),
     ],
 )
 def test_size(value: int, text: str) -> None:

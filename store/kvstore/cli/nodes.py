@@ -32,18 +32,17 @@ def nodes(master: MasterOption = DEFAULT_MASTER, as_json: JsonOption = False) ->
     if not found:
         console().print("No node has joined this master yet.")
         return
-    rows = table("", "node", "state", "host", "address", ">seen", ">clients", "DRAM", "SSD")
+    rows = table("", "node", "state", ">seen", ">DRAM", ">SSD", "where")
+    rows.columns[-1].no_wrap = False
     for node in found:
         tiers = {tier_name(usage.tier): usage for usage in node.tiers}
         rows.add_row(
             node.node_id,
             Text(node.state, style=STATE_STYLES.get(node.state, "")),
-            node.hostname,
-            node.address,
             _seen(node.last_seen_ms),
-            str(node.sessions),
             _used(tiers.get("DRAM")),
             _used(tiers.get("SSD")),
+            f"{node.hostname} {node.address}",
         )
     console().print(rows)
 
@@ -70,4 +69,4 @@ def _used(usage: common_pb2.TierUsage | None) -> Text:
     if usage is None or not usage.capacity_bytes:
         return Text("–", style="bright_black")
     used = usage.capacity_bytes - usage.free_bytes
-    return Text(f"{size(used)} / {size(usage.capacity_bytes)}")
+    return Text(f"{100 * used / usage.capacity_bytes:.0f} % of {size(usage.capacity_bytes)}")

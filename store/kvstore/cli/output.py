@@ -65,9 +65,13 @@ def size(value: int) -> str:
     number = float(value)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+            return f"{_one_digit(number)} {unit}"
         number /= 1024
-    return f"{number:.1f} TiB"
+    return f"{_one_digit(number)} TiB"
+
+
+def _one_digit(number: float) -> str:
+    return f"{number:.1f}".removesuffix(".0")
 
 
 def duration(seconds: float) -> str:

@@ -15,6 +15,7 @@ from kvstore.core.keys import split_keys
 from kvstore.core.types import EndReason, Tier
 
 GHOST_KEYS_MAX = 1 << 17
+TRIM_KEYS = 16_384  # a few milliseconds
 KEY_OBJECT_BYTES = 80  # a bytes object of 32, as the allocator rounds it up
 
 
@@ -70,7 +71,7 @@ class Locations:
     """Index from key to places, with the reason why a key that was here is gone.
 
     At most ``keys_max`` keys are indexed; ``stored`` says how many it had to refuse. Keys that
-    lost their last place stay as ghosts with their reason, at most ``ghosts_max`` of them.
+    lost their last place stay as ghosts with their reason; ``trim`` keeps them to ``ghosts_max``.
     """
 
     def __init__(self, *, keys_max: int = 1 << 62, ghosts_max: int = GHOST_KEYS_MAX) -> None:
@@ -84,6 +85,7 @@ class Locations:
         # Sets that a removal made equal to another one; they live until no key names them.
         self._twins: list[_PlaceSet] = []
         self._purged: set[bytes] = set()
+        self._surplus: list[bytes] = []  # ghosts to be forgotten
 
     def place(self, node_id: str, tier: Tier, root: bytes, engine_id: str = "") -> Place:
         """The one Place of these names."""
@@ -106,7 +108,7 @@ class Locations:
             if new is old:
                 continue
             if old is never and len(table) >= self._keys_max:
-                self._forget_ghosts(0)
+                self._forget(self._oldest_ghosts(self._ghosts_max + 1))
                 if len(table) >= self._keys_max:
                     refused += 1
                     continue
@@ -127,7 +129,7 @@ class Locations:
             table[key] = new
             old.keys -= 1
             new.keys += 1
-        self._limit_ghosts()
+        self.trim()
 
     def clear(self, place: Place) -> int:
         """Forgets every block of one place; returns how many there were."""
@@ -284,7 +286,6 @@ class Locations:
             self._adopt(group)
         self._never.with_place.clear()
         self._places = {name: p for name, p in self._places.items() if not gone(p)}
-        self._limit_ghosts()
         return stripped
 
     def _adopt(self, group: _PlaceSet) -> None:
@@ -299,19 +300,27 @@ class Locations:
 
     # Ghosts
 
-    def _limit_ghosts(self) -> None:
-        # Half of them at once: each pass goes over the whole table.
-        if self.ghosts > self._ghosts_max:
-            self._forget_ghosts(self._ghosts_max // 2)
+    def trim(self, keys: int = TRIM_KEYS) -> None:
+        """Forgets up to ``keys`` ghosts of those that are too many.
 
-    def _forget_ghosts(self, keep: int) -> None:
-        """Forgets the ghosts that were indexed first, down to ``keep`` of them."""
-        surplus = self.ghosts - keep
-        if surplus <= 0:
-            return
-        for key in [key for key, group in self._table.items() if not group.places][:surplus]:
-            self._table.pop(key).keys -= 1
-        self._twins = [group for group in self._twins if group.keys]
+        When there are, they are picked in one pass over the index, down to half of the limit, so
+        that passes are rare. After a node was lost, calls are needed until all have been forgotten.
+        """
+        if not self._surplus and self.ghosts > self._ghosts_max:
+            self._surplus = self._oldest_ghosts(self.ghosts - self._ghosts_max // 2)
+        self._forget(self._surplus[-keys:])
+        del self._surplus[-keys:]
+
+    def _oldest_ghosts(self, count: int) -> list[bytes]:
+        return [key for key, group in self._table.items() if not group.places][:count]
+
+    def _forget(self, ghosts: list[bytes]) -> None:
+        table = self._table
+        for key in ghosts:
+            group = table.get(key)
+            if group is not None and not group.places:
+                del table[key]
+                group.keys -= 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,9 +71,10 @@ class Cluster:
         self.namespaces[report.root] = report
 
     async def watch_nodes(self) -> None:
-        """Ends the sessions of nodes that fell silent; runs until it is cancelled."""
+        """Ends the sessions of nodes that fell silent, and lets the index forget; never returns."""
         while True:
             await asyncio.sleep(self.config.heartbeat_ms / 4000)
+            self.locations.trim()
             for link in self.members.overdue(time.monotonic()):
                 log.warning("node %s sent nothing for %g s", link.node_id, self.config.lost_after_s)
                 link.end(f"no report for {self.config.lost_after_s:g} s")
