@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import xxhash
 from kvstore.core.effects import Committed, End, Granted, Prefetched
+from kvstore.core.spec import CacheSpec
 from kvstore.core.ssd_record import SsdRecord
 from kvstore.core.types import AckLevel, EndReason, ReserveStatus, Tier
-from kvstore.errors import InternalError, PreconditionError
+from kvstore.errors import InternalError, PreconditionError, ResourceExhaustedError
 
 from tests.store.rig import BLOCK, FakeDisk, Rig, chain, content, offsets_of, shuffled
 
@@ -473,8 +475,6 @@ def test_I2_block_in_shards_is_visible_when_all_are_committed(tiers: Rig) -> Non
     sums = []
     for index, offset in offsets_of(one.runs).items():
         tiers.pool[offset : offset + BLOCK] = content(A[index])
-        import xxhash
-
         half = content(A[index])[: BLOCK // 2]
         sums.append(xxhash.xxh3_64_intdigest(half))
     data = np.array(sums, dtype="<u8").tobytes()
@@ -537,3 +537,70 @@ def test_shards_are_joined_once_and_with_the_same_number(tiers: Rig) -> None:
     assert tiers.core.usage()[0].quarantined_bytes == BLOCK
     tiers.apply(tiers.core.session_settled(2, 0.0))
     assert tiers.core.usage()[0].free_bytes == 8 * BLOCK
+
+
+def test_writes_in_flight_are_bounded_by_count_and_bytes() -> None:
+    rig = Rig(16, 64, writes_in_flight_max=3)
+    rig.open()
+    rig.put(A[:8])
+    assert len(rig.disk.writes) == 3
+    rig = Rig(16, 64, writes_in_flight_bytes_max=2 * BLOCK)
+    rig.open()
+    rig.put(A[:8])
+    assert len(rig.disk.writes) == 2
+    rig.settle()
+    assert len(rig.disk.index) == 8
+    rig.check()
+
+
+def test_a_write_larger_than_the_limit_goes_alone() -> None:
+    rig = Rig(16, 64, writes_in_flight_bytes_max=100)
+    rig.open()
+    rig.put(A[:3])
+    assert len(rig.disk.writes) == 1
+    rig.settle()
+    assert len(rig.disk.index) == 3
+
+
+def test_blocks_of_several_sizes_share_the_ssd() -> None:
+    rig = Rig(32, 32)
+    rig.open()
+    small = rig.ns
+    large = rig.core.open_namespace(CacheSpec.raw("large", block_bytes=3 * BLOCK)).id
+    for turn in range(8):
+        rig.ns, rig.block_bytes = small, BLOCK
+        rig.put(chain(f"small {turn}", 5))
+        rig.ns, rig.block_bytes = large, 3 * BLOCK
+        keys = chain(f"large {turn}", 3)
+        rig.put(keys)
+        rig.settle()
+        rig.check()
+        assert rig.get(keys) == (3, EndReason.COMPLETE)
+        rig.apply(rig.core.evict(Tier.DRAM, b"", 0, False, 0.0)[0])
+        assert rig.get(keys)[0] == len(rig.directory.match(b"".join(keys)))
+    rig.settle()
+    rig.check()
+
+
+def test_I7_full_table_forgets_the_oldest_blocks_on_ssd() -> None:
+    rig = Rig(4, 32, blocks_max=8)
+    rig.open()
+    for name in range(4):
+        keys = chain(f"row {name}", 4)
+        request = rig.reserve(keys, timeout_s=9.0)
+        rig.settle()
+        assert rig.reserved(request).statuses == bytes([SLOT] * 4)
+        rig.fill(request, keys)
+        rig.commit(request, keys, [0, 1, 2, 3])
+        rig.settle()
+        rig.check()
+    assert len(rig.disk.index) == 8
+
+
+def test_acquires_and_loads_beyond_the_waiting_limit_are_refused() -> None:
+    rig = Rig(8, 32, waiting_max=1)
+    rig.open()
+    put_on_ssd_only(rig, A[:2])
+    rig.acquire(A[:2], timeout_s=5.0)
+    assert isinstance(rig.failure(rig.acquire(A[:2], timeout_s=5.0)), ResourceExhaustedError)
+    rig.settle()
