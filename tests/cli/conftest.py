@@ -11,6 +11,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.master.rig import Master, start_master
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables that do not wrap, whatever runs the tests."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+
 @pytest.fixture
 async def master(tmp_path: Path) -> AsyncIterator[Master]:
     """A master on a port of its own."""

@@ -86,17 +86,12 @@ def _print_summary(out: Console, answer: admin_pb2.StatusResponse) -> None:
 
 
 def _print_tiers(out: Console, tiers: list[common_pb2.TierUsage]) -> None:
-    rows = table(
-        "\nTiers",
-        "tier",
-        ">capacity",
-        "used",
-        ">live",
-        ">pending",
-        ">quarantined",
-        ">free",
-        ">blocks",
-    )
+    # What is usually zero has a column only when it is not.
+    passing = [
+        name for name in ("pending", "quarantined") if any(_bytes(usage, name) for usage in tiers)
+    ]
+    numbers = ["live", *passing, "free"]
+    rows = table("\nTiers", "tier", ">capacity", "used", *(f">{n}" for n in numbers), ">blocks")
     for usage in tiers:
         parts = [
             (usage.live_bytes, "green"),
@@ -107,27 +102,26 @@ def _print_tiers(out: Console, tiers: list[common_pb2.TierUsage]) -> None:
             tier_text(usage.tier),
             size(usage.capacity_bytes),
             bar(parts, usage.capacity_bytes),
-            size(usage.live_bytes),
-            size(usage.pending_bytes),
-            size(usage.quarantined_bytes),
-            size(usage.free_bytes),
+            *(size(_bytes(usage, name)) for name in numbers),
             f"{usage.blocks:,}",
         )
     out.print(rows)
 
 
+def _bytes(usage: common_pb2.TierUsage, name: str) -> int:
+    return int(getattr(usage, f"{name}_bytes"))
+
+
 def _print_namespaces(out: Console, namespaces: list[admin_pb2.NamespaceInfo]) -> None:
-    rows = table(
-        "Namespaces", "root", "model", "tenant", "KV", ">tokens a block", ">block", ">blocks"
-    )
+    rows = table("Namespaces", "root", "model", "tenant", "KV", ">a block", ">blocks")
+    rows.columns[1].no_wrap = False
     for info in namespaces:
         rows.add_row(
             short(info.root),
             info.spec.model,
             info.tenant,
             f"{info.spec.attention} {info.spec.kv_dtype}",
-            str(info.spec.block_tokens),
-            size(info.spec.block_bytes),
+            f"{info.spec.block_tokens} tokens, {size(info.spec.block_bytes)}",
             f"{info.blocks:,}",
         )
     out.print(rows)
