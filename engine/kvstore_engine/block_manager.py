@@ -42,6 +42,10 @@ class BlockManager:
         found = takewhile(lambda page: page is not None, map(self._page_of.get, keys))
         return [page for page in found if page is not None]
 
+    def holds(self, page: int, key: bytes) -> bool:
+        """Whether ``page`` has the block ``key``, in use or cached."""
+        return self._page_of.get(key) == page
+
     def can_allocate(self, count: int, beside: Sequence[int] = ()) -> bool:
         """Whether ``count`` pages are there once ``beside`` (matched pages) is referenced."""
         return self.num_free - sum(page in self._cached for page in beside) >= count
@@ -76,6 +80,7 @@ class BlockManager:
         for page in pages:
             self.num_pinned += self._pins[page] == 0
             self._pins[page] += 1
+            self._cached.discard(page)
 
     def unpin(self, pages: Iterable[int]) -> None:
         """Takes lent pages back, one pin each."""

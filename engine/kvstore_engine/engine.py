@@ -214,8 +214,7 @@ class Engine:
         request = chunk.request
         request.num_computed += chunk.num_tokens
         self.counters.computed_tokens += chunk.num_tokens
-        request.unsaved += self.scheduler.register_blocks(request)
-        self.transfers.save(request)
+        self.transfers.save(request, self.scheduler.register_blocks(request))
         if sampled is None:
             return None
         token, logprob = sampled

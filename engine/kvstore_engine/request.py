@@ -41,7 +41,6 @@ class Request:
     num_cached: int = 0
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
-    unsaved: list[int] = field(default_factory=list)  # computed blocks the connector has not seen
     cache: CacheUsage = field(default_factory=CacheUsage)
     asked_store_at: float | None = None
     store_overdue: bool = False  # the connector still owes this request a load

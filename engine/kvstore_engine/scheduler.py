@@ -231,7 +231,6 @@ class Scheduler:
         self.add(request)
 
     def _release(self, request: Request) -> None:
-        self._transfers.give_up_saves(request)
         self._blocks.free(request.pages)
         request.set_pages([])
         request.num_computed = request.num_cached = 0

@@ -5,8 +5,10 @@ the engine never waits for that. How many may be lent is limited, so that a conn
 returns any leaves enough pages for the longest request.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -31,6 +33,14 @@ class Load:
     end_reason: str  # why the store's prefix ends behind all of them
 
 
+class Unsaved(NamedTuple):
+    """A computed block that the connector has not seen."""
+
+    request_id: str
+    parent: bytes | None
+    block: SaveBlock
+
+
 class Transfers:
     """Lends pages for loads and saves; without a connector everything is a miss."""
 
@@ -52,6 +62,7 @@ class Transfers:
         self._blocks = blocks
         self._loads: dict[str, Load] = {}
         self._overdue: dict[str, Load] = {}
+        self._unsaved: deque[Unsaved] = deque()
 
     @property
     def num_overdue(self) -> int:
@@ -127,6 +138,7 @@ class Transfers:
                 self.results_unexpected += 1  # answered twice: the pages are long back
                 continue
             self._blocks.unpin(load.pages)
+        self._save_waiting()
         return ended
 
     def expire(self, now: float) -> list[Load]:
@@ -141,26 +153,41 @@ class Transfers:
         """When ``expire`` has to be called."""
         return min((load.deadline for load in self._loads.values()), default=None)
 
-    def save(self, request: Request) -> None:
-        """Stores the blocks that ``request`` computed, in order, as far as pages may be lent.
-
-        The others are tried again with the next call, as long as the request has its pages.
+    def save(self, request: Request, fresh: Sequence[int]) -> None:
+        """Stores the blocks with the indices ``fresh`` of ``request``: now or when pages may be
+        lent again, as long as they are still cached.
         """
-        if self.connector is None or not request.unsaved:
+        if self.connector is None:
             return
-        room = max(0, self.lend_max // 2 - self._blocks.num_pinned)
-        now, request.unsaved = request.unsaved[:room], request.unsaved[room:]
-        for run in _runs(now):
-            blocks = [SaveBlock(request.keys[i], request.pages[i]) for i in run]
-            parent = request.keys[run[0] - 1] if run[0] else None
-            self._blocks.pin(block.page for block in blocks)
-            self.connector.save(request.request_id, parent, blocks)
+        for i in fresh:
+            if len(self._unsaved) == self._blocks.num_pages:
+                self.saves_skipped += 1
+                continue
+            parent = request.keys[i - 1] if i else None
+            block = SaveBlock(request.keys[i], request.pages[i])
+            self._unsaved.append(Unsaved(request.request_id, parent, block))
+        self._save_waiting()
 
-    def give_up_saves(self, request: Request) -> None:
-        """``request`` loses its pages: what could not be saved until now never is."""
-        if self.connector is not None:
-            self.saves_skipped += len(request.unsaved)
-        request.unsaved = []
+    def _save_waiting(self) -> None:
+        room = max(1, self.lend_max // 2) - self._blocks.num_pinned
+        run: list[Unsaved] = []
+        while self._unsaved and room > 0:
+            unsaved = self._unsaved.popleft()
+            if not self._blocks.holds(unsaved.block.page, unsaved.block.key):
+                self.saves_skipped += 1
+                continue
+            if run and unsaved.parent != run[-1].block.key:
+                self._save_run(run)
+                run = []
+            run.append(unsaved)
+            room -= 1
+        self._save_run(run)
+
+    def _save_run(self, run: list[Unsaved]) -> None:
+        if run and self.connector is not None:
+            blocks = [unsaved.block for unsaved in run]
+            self._blocks.pin(block.page for block in blocks)
+            self.connector.save(run[0].request_id, run[0].parent, blocks)
 
     def forget(self, request: Request) -> None:
         """``request`` has ended; what it lent comes back through ``poll``."""
@@ -177,14 +204,3 @@ class Transfers:
         """Gives the page storage to the connector."""
         if self.connector is not None:
             self.connector.register_pages(pages)
-
-
-def _runs(indices: Sequence[int]) -> list[list[int]]:
-    """Ascending numbers cut where one is left out."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and runs[-1][-1] == index - 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return runs

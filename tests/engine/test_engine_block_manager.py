@@ -76,6 +76,19 @@ def test_a_lent_page_is_neither_free_nor_evicted() -> None:
     blocks.check_idle()
 
 
+def test_a_cached_page_can_be_lent() -> None:
+    blocks = BlockManager(3)
+    pages = cached_chain(blocks, 0, 2)
+    assert blocks.holds(pages[0], key(0))
+    assert not blocks.holds(pages[0], key(1))
+    blocks.pin(pages)
+    blocks.check_integrity()
+    assert blocks.num_free == 1
+    blocks.unpin(pages)
+    assert blocks.match(keys(0, 2)) == pages
+    blocks.check_idle()
+
+
 def test_pages_in_use_do_not_count_beside_an_allocation() -> None:
     blocks = BlockManager(4)
     pages = cached_chain(blocks, 0, 2)

@@ -139,16 +139,30 @@ def test_I9_saves_that_never_end_cost_a_bounded_number_of_pages() -> None:
     rig.engine.blocks.check_idle()
 
 
-def test_saves_that_found_no_room_are_tried_again() -> None:
+def test_saves_that_found_no_room_are_made_later() -> None:
     connector = FakeConnector(ROOT, manner=Manner(save_delay_max=1))
     rig = Rig(connector, num_pages=20, max_context=48, max_batch_tokens=64)
-    prompt = [(j * 5) % 90 for j in range(24)]
-    rig.add("r", prompt, 16)
+    rig.add("r", [(j * 5) % 90 for j in range(24)], 1)
     rig.step()
-    assert rig.engine._requests["r"].unsaved == [4, 5]
+    assert rig.answers["r"].reason
+    assert rig.engine.blocks.num_pinned == 4
     rig.run()
     assert rig.engine.transfers.saves_skipped == 0
-    assert len(connector.store) == 9  # 39 computed tokens
+    assert rig.right_in_store() == 6
+    rig.engine.blocks.check_idle()
+
+
+def test_a_block_that_left_hbm_before_it_was_saved_is_skipped() -> None:
+    connector = FakeConnector(ROOT, manner=Manner(never_save=True))
+    rig = Rig(connector, num_pages=20, max_context=48, max_batch_tokens=64)
+    rig.add("r", PROMPT, 1)
+    rig.step()
+    rig.engine.reset_cache()
+    connector.manner = Manner()
+    connector.answer_all()
+    rig.run()
+    assert rig.engine.transfers.saves_skipped == 1
+    assert rig.right_in_store() == 4
 
 
 def test_a_request_is_saved_behind_its_parent_in_runs() -> None:
