@@ -1,6 +1,7 @@
 """Starts and stops the store and the engine, and nothing else on the machine."""
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -28,6 +29,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+_libc = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """In the new process: SIGTERM when the parent is gone, even by kill -9."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class Process:
     """One command in a process group of its own, its output in a log file."""
 
@@ -41,6 +51,7 @@ class Process:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
 
     def check_alive(self) -> None:

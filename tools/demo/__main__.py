@@ -95,14 +95,15 @@ def parse() -> argparse.Namespace:
 
 
 def interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """SIGTERM ends the demo as Ctrl-C does."""
+    """SIGTERM and SIGHUP end the demo as Ctrl-C does."""
     raise KeyboardInterrupt
 
 
 def main() -> int:
     """Entry point; 0 if every case gave the same tokens."""
     options = parse()
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
     console = Console()
     logs = BUILD / "demo-logs"
     shutil.rmtree(logs, ignore_errors=True)
