@@ -357,11 +357,14 @@ class LocatePromptResponse(_message.Message):
     FOUND_FIELD_NUMBER: _builtins.int
     RUNS_FIELD_NUMBER: _builtins.int
     BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
     blocks: _builtins.int
     """full blocks of the prompt"""
     found: _builtins.int
     """leading blocks found"""
     block_tokens: _builtins.int
+    end: _common_pb2.EndReason.ValueType
+    """why the next block is nowhere"""
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.LocatedRun]: ...
     def __init__(
@@ -371,10 +374,11 @@ class LocatePromptResponse(_message.Message):
         found: _builtins.int = ...,
         runs: _abc.Iterable[_common_pb2.LocatedRun] | None = ...,
         block_tokens: _builtins.int = ...,
+        end: _common_pb2.EndReason.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "blocks", b"blocks", "found", b"found", "runs", b"runs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "blocks", b"blocks", "end", b"end", "found", b"found", "runs", b"runs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -428,8 +428,11 @@ class LocateResponse(_message.Message):
 
     RUNS_FIELD_NUMBER: _builtins.int
     FOUND_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
     found: _builtins.int
     """leading keys found"""
+    end: _common_pb2.EndReason.ValueType
+    """why the next key is nowhere"""
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.LocatedRun]:
         """best place of each leading key; stops at the first miss"""
@@ -439,10 +442,11 @@ class LocateResponse(_message.Message):
         *,
         runs: _abc.Iterable[_common_pb2.LocatedRun] | None = ...,
         found: _builtins.int = ...,
+        end: _common_pb2.EndReason.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found", "runs", b"runs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "found", b"found", "runs", b"runs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

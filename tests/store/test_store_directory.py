@@ -167,5 +167,5 @@ def test_files_that_are_no_directory_are_refused() -> None:
 
 def test_size_of_the_table() -> None:
     assert entries_for(0) == ENTRIES_MIN
-    assert entries_for(1 << 30) == 4 * (1 << 30) // (64 << 10)
+    assert entries_for(1 << 30) == 4 * (1 << 30) // (16 << 10)
     assert entries_for(1 << 50) == ENTRIES_MAX

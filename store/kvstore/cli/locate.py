@@ -9,7 +9,16 @@ from rich.text import Text
 
 from kvstore.cli.connection import connect
 from kvstore.cli.options import DEFAULT_MASTER, JsonOption, MasterOption, NamespaceOption
-from kvstore.cli.output import TIER_STYLES, console, count, print_json, table, tier_name, tier_text
+from kvstore.cli.output import (
+    TIER_STYLES,
+    console,
+    count,
+    end_name,
+    print_json,
+    table,
+    tier_name,
+    tier_text,
+)
 from kvstore.errors import InvalidArgumentError, KVStoreError
 
 PICTURE_CELLS = 32
@@ -98,6 +107,7 @@ def located_json(answer: admin_pb2.LocatePromptResponse, tokens: int) -> dict[st
         "blocks": answer.blocks,
         "found": answer.found,
         "found_tokens": answer.found * answer.block_tokens,
+        "end": end_name(answer.end),
         "runs": [
             {
                 "first": run.first,
@@ -124,6 +134,8 @@ def _print(answer: admin_pb2.LocatePromptResponse, tokens: int) -> None:
         f"[bold]{count(answer.found, 'leading block')} cached[/bold] "
         f"({answer.found * answer.block_tokens:,} tokens, {share:.0f} % of the prompt)"
     )
+    if answer.found < answer.blocks:
+        out.print(f"block {answer.found}: {end_name(answer.end).replace('_', ' ')}")
     if not answer.runs:
         return
     rows = table("", "tier", "node", "engine", ">blocks", ">from", ">to", "prompt")

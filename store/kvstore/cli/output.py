@@ -49,6 +49,12 @@ def tier_name(tier: int) -> str:
     return common_pb2.Tier.Name(common_pb2.Tier.ValueType(tier)).removeprefix("TIER_")
 
 
+def end_name(reason: int) -> str:
+    """``never_stored`` of ``END_REASON_NEVER_STORED``."""
+    name = common_pb2.EndReason.Name(common_pb2.EndReason.ValueType(reason))
+    return name.removeprefix("END_REASON_").lower()
+
+
 def tier_text(tier: int) -> Text:
     """A tier's name in its colour."""
     name = tier_name(tier)

@@ -32,7 +32,7 @@ Words = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
 
 
-def entries_for(bytes_stored: int, block_bytes: int = 64 << 10) -> int:
+def entries_for(bytes_stored: int, block_bytes: int = 16 << 10) -> int:
     """Table size for that many bytes in blocks of that size, a power of two.
 
     At most a quarter full: a vectorised look-up takes as many rounds as its longest probe; 8 on

@@ -22,7 +22,7 @@ from kvstore.errors import (
 )
 from kvstore.master.cluster import Cluster
 from kvstore.master.membership import PROTOCOL_VERSION, Node, NodeState
-from kvstore.master.messages import check_root, run_message, tier_value
+from kvstore.master.messages import check_root, end_value, run_message, tier_value
 
 LIST_ROWS = 100
 LIST_ROWS_MAX = 10_000
@@ -149,6 +149,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             found=located.found,
             runs=[run_message(run) for run in located.runs],
             block_tokens=block_tokens,
+            end=end_value(located.reason),
         )
 
     async def Evict(  # noqa: N802

@@ -4,7 +4,7 @@ from kvstore_proto import common_pb2
 
 from kvstore.core.keys import KEY_BYTES
 from kvstore.core.locations import Run
-from kvstore.core.types import Tier
+from kvstore.core.types import EndReason, Tier
 from kvstore.errors import InvalidArgumentError
 
 
@@ -17,6 +17,11 @@ def check_root(root: bytes) -> None:
 def tier_value(tier: Tier) -> common_pb2.Tier.ValueType:
     """The protocol's number of a tier."""
     return common_pb2.Tier.ValueType(tier.value)
+
+
+def end_value(reason: EndReason) -> common_pb2.EndReason.ValueType:
+    """The protocol's number of an end reason."""
+    return common_pb2.EndReason.ValueType(reason.value)
 
 
 def run_message(run: Run) -> common_pb2.LocatedRun:

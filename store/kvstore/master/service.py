@@ -19,7 +19,7 @@ from kvstore.errors import (
 )
 from kvstore.master.cluster import Cluster
 from kvstore.master.membership import Node, NodeLink, NodeState, check_hello
-from kvstore.master.messages import check_root, run_message
+from kvstore.master.messages import check_root, end_value, run_message
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,9 @@ class MasterService(master_pb2_grpc.MasterServicer):
         metrics.locate_keys.inc(len(request.keys) // KEY_BYTES)
         metrics.locate_found.inc(located.found)
         return master_pb2.LocateResponse(
-            runs=[run_message(run) for run in located.runs], found=located.found
+            runs=[run_message(run) for run in located.runs],
+            found=located.found,
+            end=end_value(located.reason),
         )
 
     async def Watch(  # type: ignore[override]  # noqa: N802
