@@ -1,12 +1,9 @@
 """A master with one fake node, for commands to look at."""
 
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.master.rig import Master, start_master
 

@@ -1,13 +1,9 @@
 """A client of a fake node in the same process, or of a real one in its own."""
 
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from kvstore_client import AsyncClient, CacheSpec, Namespace
 
 from tests.client.fake_node import FakeNode

@@ -1,12 +1,8 @@
 """A connector over a fake store, and what its tests share."""
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.connector.rig import Rig
 

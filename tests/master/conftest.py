@@ -1,12 +1,9 @@
 """A master in this process, and nodes that are only a stream."""
 
-import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.master.rig import Master, start_master
 

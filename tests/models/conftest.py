@@ -1,12 +1,7 @@
 """One thread for torch, random numbers that repeat, and the way to the shared harness."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 @pytest.fixture(autouse=True, scope="session")

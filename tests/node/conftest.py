@@ -1,12 +1,9 @@
 """Real nodes: in this process, and as daemons of their own."""
 
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.node.rig import Daemon, LocalNode
 
