@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import torch
-from kvstore_engine.loader.load import load_model
+from kvstore_engine.loader.load import read_model
+from kvstore_engine.model_source import find_model
 from kvstore_engine.models.config import ModelConfig
 from safetensors.torch import save_file
 
@@ -14,13 +15,11 @@ def export(model: str, directory: Path) -> Path:
     config_file = directory / "config.json"
     if config_file.exists():
         return directory
-    loaded = load_model(model)
+    decoder, _ = read_model(find_model(model), torch.float32)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: weight.to(torch.float32).clone() for name, weight in loaded.model.targets().items()
-    }
+    tensors = {name: weight.clone() for name, weight in decoder.targets().items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    config_file.write_text(json.dumps(_config(loaded.config), indent=2) + "\n")
+    config_file.write_text(json.dumps(_config(decoder.config), indent=2) + "\n")
     return directory
 
 

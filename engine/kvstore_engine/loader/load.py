@@ -35,13 +35,13 @@ def load_model(path_or_name: str | Path, dtype: str = "float32") -> LoadedModel:
     """
     if dtype not in DTYPES:
         raise ModelLoadError(f"dtype {dtype!r} is not supported; take one of {sorted(DTYPES)}")
-    source = find_model(path_or_name)
-    model, fingerprint = _load(source, DTYPES[dtype])
+    model, fingerprint = read_model(find_model(path_or_name), DTYPES[dtype])
     model.pack()
     return LoadedModel(model.eval(), model.config, fingerprint, str(path_or_name))
 
 
-def _load(source: ModelSource, dtype: torch.dtype) -> tuple[Decoder, str]:
+def read_model(source: ModelSource, dtype: torch.dtype) -> tuple[Decoder, str]:
+    """The decoder, its weights readable by name until it is packed, and their fingerprint."""
     if source.kind is SourceKind.TINY:
         return load_tiny(source.name, dtype)
     if source.kind is SourceKind.GGUF:
