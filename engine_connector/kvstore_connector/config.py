@@ -36,6 +36,7 @@ class ConnectorConfig:
     save_timeout_s: float = 5.0  # for one batch, waiting for space included
     save_queue_bytes: int = 256 << 20  # pages that wait to be saved; beyond it saves are dropped
     save_batch_bytes: int = 64 << 20  # bytes of one Reserve and Commit
+    save_linger_s: float = 0.5  # how long blocks wait for others, to be saved in one batch
 
     def __post_init__(self) -> None:
         if not self.node:
@@ -43,6 +44,8 @@ class ConnectorConfig:
         for name in ("connect_timeout_s", "load_timeout_s", "save_timeout_s"):
             if not 0 < getattr(self, name) <= 3600:
                 raise ConfigError(f"{name} is {getattr(self, name)}; take more than 0, up to 3600")
+        if not 0 <= self.save_linger_s <= 60:
+            raise ConfigError(f"save_linger_s is {self.save_linger_s}; take 0 to 60")
         for name in ("min_load_blocks", "load_bytes_per_s_min", "save_batch_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; take 1 or more")

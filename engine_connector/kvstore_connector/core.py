@@ -17,7 +17,7 @@ from kvstore_connector.pages import Bytes, PageRows
 from kvstore_connector.saves import Chain, Saves
 from kvstore_connector.store import Connect
 
-HBM_REPORT_S = 0.05
+HBM_REPORT_S = 0.25
 FLUSH_S_MAX = 2.0
 
 
@@ -76,6 +76,7 @@ class ConnectorCore:
             # Pages that wait to be saved are lost to the engine: never more than half of them.
             queue_bytes=min(self.config.save_queue_bytes, rows.nbytes // 2),
             batch_bytes=self.config.save_batch_bytes,
+            linger_s=self.config.save_linger_s,
             timeout_s=self.config.save_timeout_s,
         )
 

@@ -1,6 +1,7 @@
 """Saves: the engine's full pages into slots of the node, in the background, at low priority."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 _NICEST = 19
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Chain:
     """Consecutive blocks to save: ``keys[i]`` is in ``pages[i]``."""
 
@@ -77,6 +78,7 @@ class Saves:
         *,
         queue_bytes: int,
         batch_bytes: int,
+        linger_s: float,
         timeout_s: float,
     ) -> None:
         self._link = link
@@ -85,12 +87,14 @@ class Saves:
         self._counters = counters
         self._blocks_max = queue_bytes // pages.page_bytes
         self._batch_blocks_max = max(1, batch_bytes // pages.page_bytes)
+        self._linger_s = linger_s
         self._timeout_s = timeout_s
         self._changed = threading.Condition()
         self._queue: deque[Chain] = deque()
         self._blocks = 0  # queued or being saved
         self._keys: set[bytes] = set()  # of those
         self._busy = False
+        self._hurry = asyncio.Event()  # of the link's loop: what is queued should not wait
         self._copier = ThreadPoolExecutor(
             1, thread_name_prefix="kvstore-save", initializer=_yield_to_others
         )
@@ -117,6 +121,7 @@ class Saves:
     def flush(self, timeout_s: float) -> bool:
         """Waits until everything queued is saved or given up; for an orderly end."""
         with self._changed:
+            self._link.submit(self._hurry.set)
             return self._changed.wait_for(lambda: not self._blocks, timeout_s)
 
     def close(self) -> None:
@@ -131,6 +136,8 @@ class Saves:
         self._queue.append(chain)
         if not self._busy:
             self._busy = self._link.submit(self._spawn)
+        elif self._blocks >= self._batch_blocks_max:
+            self._link.submit(self._hurry.set)
 
     def _take(self) -> Chain | None:
         """The next batch: chains that continue each other are saved together."""
@@ -139,12 +146,12 @@ class Saves:
                 self._busy = False
                 return None
             batch = self._queue.popleft()
-            while (
-                self._queue
-                and len(batch.keys) < self._batch_blocks_max
-                and self._queue[0].parent == batch.keys[-1]
-            ):
-                more = self._queue.popleft()
+            while len(batch.keys) < self._batch_blocks_max:
+                end = batch.keys[-1]
+                more = next((chain for chain in self._queue if chain.parent == end), None)
+                if more is None:
+                    break
+                self._queue.remove(more)
                 batch.keys += more.keys
                 batch.pages += more.pages
             if len(batch.keys) > self._batch_blocks_max:
@@ -165,7 +172,18 @@ class Saves:
     def _spawn(self) -> None:
         self._link.spawn(self._run())
 
+    async def _linger(self) -> None:
+        """Lets more blocks come: every batch costs node and client the same, however small."""
+        self._hurry.clear()
+        with self._changed:
+            if self._blocks >= self._batch_blocks_max:
+                return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._linger_s):
+                await self._hurry.wait()
+
     async def _run(self) -> None:
+        await self._linger()
         while (batch := self._take()) is not None:
             try:
                 await self._try_to_save(batch)

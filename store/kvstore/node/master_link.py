@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 PROTOCOL_VERSION = 1
 BACKOFF_MIN_S = 0.2
 BACKOFF_MAX_S = 2.0
-BATCH_S = 0.02
+BATCH_S = 0.1
 INVENTORY_KEYS = 8192
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
