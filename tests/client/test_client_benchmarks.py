@@ -69,7 +69,8 @@ def test_a_benchmark_that_cannot_go_on_says_why(
 
 def test_the_local_benchmark_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "BATCH_BYTES", 4 << 20)
-    monkeypatch.setattr(local, "POOL", "48MiB")
+    monkeypatch.setattr(local, "POOL_BATCHES", 12)
+    monkeypatch.setattr(local, "ROUND_BATCHES", 5)
     monkeypatch.setattr(local, "LOOKUPS", 3)
     monkeypatch.setattr(local, "INDEXED_BLOCKS", 20_000)
     rows = {row.metric: row for row in local.run(2)}
