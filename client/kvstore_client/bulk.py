@@ -17,7 +17,7 @@ from kvstore_client.wire import Keys, joined_keys
 
 if TYPE_CHECKING:
     from kvstore_client.namespace import Namespace
-    from kvstore_client.writing import Write
+    from kvstore_client.writing import PendingCommit, Write
 
 # One part of a put: long enough that a round trip to the node is short beside its copy. A round
 # trip costs 1 to 2 ms right after a copy of this size, as the code of both sides has left the
@@ -61,20 +61,19 @@ class _Part:
     def __init__(self, at: int, write: Write) -> None:
         self.at = at
         self.write = write
-        self.reserving = asyncio.create_task(write.__aenter__())
-        self.committing: asyncio.Task[npt.NDArray[np.uint8]] | None = None
-        self.chosen: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self.commit: PendingCommit | None = None
+        write.begin()
 
     async def fill(self, blocks: Blocks) -> bool:
-        """Copies into the slots and starts the commit; False if there was no space for all."""
-        await self.reserving
+        """Copies into the slots and sends the commit; False if there was no space for all."""
+        await self.write.begun()
         full = np.flatnonzero(self.write.statuses == ReserveStatus.FULL)
         usable = int(full[0]) if len(full) else self.write.count
         for first, some in _slices(usable, self.write.nbytes):
             self._copy(blocks, first, some)
             await asyncio.sleep(0)
-        self.chosen = np.flatnonzero(self.write.statuses[:usable] == ReserveStatus.SLOT)
-        self.committing = asyncio.create_task(self.write.commit(self.chosen))
+        chosen = np.flatnonzero(self.write.statuses[:usable] == ReserveStatus.SLOT)
+        self.commit = self.write.begin_commit(chosen)
         return not len(full)
 
     def _copy(self, blocks: Blocks, first: int, count: int) -> None:
@@ -88,10 +87,8 @@ class _Part:
 
     async def settle(self) -> None:
         """Leaves nothing behind, whatever happened."""
-        for task in (self.reserving, self.committing):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        if self.commit is not None:
+            self.commit.drop()
         await self.write.__aexit__(None, None, None)
 
 
@@ -130,8 +127,8 @@ async def put(
             done += 1
         for part in parts[: done + 1]:
             result.statuses[part.at : part.at + part.write.count] = part.write.statuses
-            if part.committing is not None:
-                result.levels[part.at + part.chosen] = await part.committing
+            if part.commit is not None:
+                result.levels[part.at + part.commit.chosen] = await part.commit.levels()
     finally:
         for part in parts:
             await part.settle()

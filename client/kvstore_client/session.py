@@ -113,15 +113,23 @@ class Session:
         self, request: node_pb2.SessionRequest, timeout_s: float
     ) -> node_pb2.SessionResponse:
         """Sends ``request`` under an id of its own and returns its one answer."""
+        return await self.ask(request, timeout_s)
+
+    def ask(
+        self, request: node_pb2.SessionRequest, timeout_s: float
+    ) -> asyncio.Future[node_pb2.SessionResponse]:
+        """``call`` for who wants to do something else meanwhile; cancel what is not awaited."""
         answer = Answer(self._loop)
         request.id = self.expect(answer)
         timer = self._loop.call_later(timeout_s, answer.on_error, self.timed_out(timeout_s))
-        self.post(request)
-        try:
-            return await answer.future
-        finally:
+
+        def done(_: object) -> None:
             timer.cancel()
             self.forget(request.id)
+
+        answer.future.add_done_callback(done)
+        self.post(request)
+        return answer.future
 
     def timed_out(self, timeout_s: float) -> DeadlineError:
         """The error of a call that was not answered."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -38,6 +39,39 @@ class Shard:
             raise InvalidArgumentError(f"{block_bytes} bytes do not split into {self.count} shards")
 
 
+def drop(answer: asyncio.Future[node_pb2.SessionResponse]) -> None:
+    """Lets go of an answer that nobody will wait for."""
+    if answer.done() and not answer.cancelled():
+        answer.exception()  # else asyncio complains that nobody looked
+    answer.cancel()
+
+
+class PendingCommit:
+    """A commit on its way."""
+
+    def __init__(
+        self,
+        chosen: npt.NDArray[np.int64],
+        answer: asyncio.Future[node_pb2.SessionResponse] | None,
+    ) -> None:
+        self.chosen = chosen  # indices of the blocks
+        self._answer = answer
+
+    async def levels(self) -> npt.NDArray[np.uint8]:
+        """The AckLevel reached for each block, 0 where it failed."""
+        if self._answer is None:
+            return np.zeros(0, dtype=np.uint8)
+        levels = (await self._answer).committed.levels
+        if len(levels) != len(self.chosen):
+            raise InternalError(f"{len(levels)} levels for {len(self.chosen)} blocks")
+        return np.frombuffer(levels, dtype=np.uint8)
+
+    def drop(self) -> None:
+        """Nobody will ask for the levels."""
+        if self._answer is not None:
+            drop(self._answer)
+
+
 class Write:
     """Reserved slots, for the time of an ``async with``; what is not committed is given back.
 
@@ -69,22 +103,40 @@ class Write:
         self._request = node_pb2.SessionRequest(reserve=request)
         self._timeout_s = timeout_s
         self._closed: Callable[[], None] | None = None
+        self._reserving: asyncio.Future[node_pb2.SessionResponse] | None = None
         self._views = SlotViews(self._pool, self._offsets, self.nbytes, write=True)
 
     async def __aenter__(self) -> Self:
+        self.begin()
+        return await self.begun()
+
+    def begin(self) -> None:
+        """Asks for the slots; ``begun`` waits for them, and ``__aexit__`` follows in any case."""
         self._request.reserve.timeout_ms = wait_ms(self._timeout_s)
+        self._reserving = self._ask(self._request)
         self._closed = self._client.hold()
+
+    async def begun(self) -> Self:
+        """Waits for the slots that ``begin`` asked for."""
+        assert self._reserving is not None, "begin first"
         try:
-            answer = await self._session.call(
-                self._request, self._timeout_s or self._client.timeout_s
-            )
-            self._take(answer.reserved)
+            self._take((await self._reserving).reserved)
         except BaseException:
             # The answer may be on its way: whatever was reserved goes back.
-            self._post_abort()
-            self._close()
+            self._give_up()
             raise
+        self._reserving = None
         return self
+
+    def _ask(self, request: node_pb2.SessionRequest) -> asyncio.Future[node_pb2.SessionResponse]:
+        return self._session.ask(request, self._timeout_s or self._client.timeout_s)
+
+    def _give_up(self) -> None:
+        if self._reserving is not None:
+            drop(self._reserving)
+            self._reserving = None
+        self._post_abort()
+        self._close()
 
     async def __aexit__(
         self,
@@ -92,8 +144,8 @@ class Write:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._open.any():
-            self._post_abort()
+        if self._reserving is not None or self._open.any():
+            self._give_up()
         self._close()
 
     def _take(self, reserved: node_pb2.Reserved) -> None:
@@ -172,9 +224,13 @@ class Write:
         Returns the AckLevel reached for each, 0 where it failed. After an error they may be
         visible or not.
         """
+        return await self.begin_commit(indices).levels()
+
+    def begin_commit(self, indices: Indices | None = None) -> PendingCommit:
+        """Sends the commit; its ``levels`` waits for it."""
         chosen = self._chosen(indices)
         if not len(chosen):
-            return np.zeros(0, dtype=np.uint8)
+            return PendingCommit(chosen, None)
         for index in chosen[~self._hashed[chosen]].tolist():
             self._digests[index] = checksum(self._views.bytes_at(index))
         commit = node_pb2.Commit(
@@ -183,13 +239,9 @@ class Write:
             checksums=self._digests[chosen].astype("<u8").tobytes(),
             level=int(self.level),  # type: ignore[arg-type]
         )
+        answer = self._ask(node_pb2.SessionRequest(commit=commit))
         self._open[chosen] = False
-        answer = await self._session.call(
-            node_pb2.SessionRequest(commit=commit), self._timeout_s or self._client.timeout_s
-        )
-        if len(answer.committed.levels) != len(chosen):
-            raise InternalError(f"{len(answer.committed.levels)} levels for {len(chosen)} blocks")
-        return np.frombuffer(answer.committed.levels, dtype=np.uint8)
+        return PendingCommit(chosen, answer)
 
     async def abort(self, indices: Indices | None = None) -> int:
         """Gives slots back unfilled, all that are open if None; how many, once they are free."""
@@ -197,11 +249,9 @@ class Write:
         if not len(chosen):
             return 0
         abort = node_pb2.Abort(reserve_id=self._request.id, indices=chosen.tolist())
+        answer = self._ask(node_pb2.SessionRequest(abort=abort))
         self._open[chosen] = False
-        answer = await self._session.call(
-            node_pb2.SessionRequest(abort=abort), self._timeout_s or self._client.timeout_s
-        )
-        return answer.aborted.count
+        return (await answer).aborted.count
 
     def _post_abort(self) -> None:
         abort = node_pb2.Abort(reserve_id=self._request.id)

@@ -203,7 +203,10 @@ async def test_namespaces_stay_good_over_a_reconnection(
     await client.reconnect()
     assert node.kinds().count("hello") == 1
     await ns.put([b"a" * 32], bytes(8192))
+    lost = asyncio.Event()
+    client.on_lost = lambda _: lost.set()
     await node.stop()
+    await asyncio.wait_for(lost.wait(), 5)
     (tmp_path / "again").mkdir()
     other = FakeNode(tmp_path / "again", instance=2)
     other.address = node.address
