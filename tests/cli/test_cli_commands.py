@@ -310,7 +310,7 @@ def test_a_master_that_is_away_is_one_line_and_exit_code_1(
 
 
 @pytest.mark.parametrize(
-    "command", ["up", "status", "nodes", "blocks", "locate", "evict", "purge", "version"]
+    "command", ["up", "status", "nodes", "blocks", "locate", "evict", "purge", "fsck", "version"]
 )
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -224,7 +224,7 @@ def test_ssd_directory_of_another_node_or_format(make_daemon: MakeDaemon, tmp_pa
     with env.begin(write=True, db=env.open_db(b"meta")) as txn:
         txn.put(b"format_version", b"0")
     env.close()
-    assert "format_version 0" in refusal(make_daemon())
+    assert "format version 0" in refusal(make_daemon())
 
 
 def test_broken_node_id_file(make_daemon: MakeDaemon, tmp_path: Path) -> None:

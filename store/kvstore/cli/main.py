@@ -10,6 +10,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import typer
 
 from kvstore.cli.blocks import blocks
+from kvstore.cli.fsck import fsck
 from kvstore.cli.locate import locate
 from kvstore.cli.nodes import nodes
 from kvstore.cli.removal import evict, purge
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (up, status, nodes, blocks, locate, evict, purge, version):
+for command in (up, status, nodes, blocks, locate, evict, purge, fsck, version):
     app.command()(command)
 
 

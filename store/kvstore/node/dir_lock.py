@@ -12,8 +12,15 @@ PATIENCE_S = 0.5
 RETRY_S = 0.02
 
 
+class DirectoryInUseError(ConfigError):
+    """Another process holds the directory."""
+
+
 class DirectoryLock:
-    """Held from construction to ``release``; ConfigError if another process holds it."""
+    """Held from construction to ``release``; DirectoryInUseError if another process holds it.
+
+    The lock is the file's, whatever path leads to it: a link to the directory is the directory.
+    """
 
     def __init__(self, folder: Path, *, patience_s: float = PATIENCE_S) -> None:
         """Makes ``folder`` (mode 0700) if need be and locks it.
@@ -25,7 +32,7 @@ class DirectoryLock:
         try:
             while (descriptor := self._try()) is None:
                 if time.monotonic() >= deadline:
-                    raise ConfigError(
+                    raise DirectoryInUseError(
                         f"{folder} is in use by another node; give each node one of its own"
                     )
                 time.sleep(RETRY_S)

@@ -128,12 +128,13 @@ class Node:
         self, resources: contextlib.ExitStack, core_config: CoreConfig
     ) -> tuple[SsdFile, SsdIndex]:
         folder = self.config.ssd_path
-        if folder.absolute() != self.config.data_dir.absolute():
+        if folder.resolve() != self.config.data_dir.resolve():  # else it is locked already
             resources.callback(DirectoryLock(folder).release)
         index = SsdIndex(folder, core_config.blocks_max, self.node_id)
         resources.callback(index.close)
         file = SsdFile(folder, core_config.ssd_bytes)
         resources.callback(file.close)
+        index.note_data_bytes(file.capacity_bytes)
         return file, index
 
     def _restore(self, index: SsdIndex) -> None:

@@ -1,12 +1,15 @@
 """The SSD tier's durable index: LMDB from key to record, committed after the data it names."""
 
 import logging
+import os
+import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import lmdb
 
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, CorruptError
 
 log = logging.getLogger(__name__)
 
@@ -16,47 +19,159 @@ MAP_BYTES_MIN = 256 << 20
 ENTRY_BYTES = 1024  # of map for each block: several records, for copy-on-write
 _FORMAT_KEY = b"format_version"
 _NODE_KEY = b"node_id"
+_DATA_BYTES_KEY = b"data_bytes"
+
+
+# Of a page that holds LMDB's meta data: magic number at 16, page size, last page, transaction.
+_META = struct.Struct("<16xI20xI92xQQ")
+_META_MAGIC = 0xBEEFC0DE
+MISSING_BYTES_MAX = 1 << 20  # at the end, that LMDB may not have written
+REMEDY = "nothing in it can be trusted: empty the directory, its blocks are computed again"
+
+
+def _complete(path: Path) -> None:
+    """Gives the file all the pages that it says it has: LMDB maps them, and would crash.
+
+    A page that is missing because the file was cut off is zeros then, which LMDB refuses as
+    corrupt; one at the end that LMDB never wrote is in no tree, so that its zeros are harmless.
+    """
+    try:
+        with open(path, "r+b") as file:
+            first = file.read(_META.size)
+            page_bytes = _META.unpack(first)[1] if len(first) == _META.size else 0
+            file.seek(page_bytes)
+            metas = [
+                _META.unpack(m) for m in (first, file.read(_META.size)) if len(m) == len(first)
+            ]
+            file_bytes = file.seek(0, os.SEEK_END)
+            newest = max(
+                (m for m in metas if m[0] == _META_MAGIC), key=lambda m: m[3], default=None
+            )
+            if newest is None:
+                return  # LMDB itself refuses the file, or makes a new one
+            needed = (newest[2] + 1) * page_bytes
+            if file_bytes < needed <= file_bytes + MISSING_BYTES_MAX:
+                log.warning("%s has %d of its %d bytes", path, file_bytes, needed)
+                file.truncate(needed)
+            elif file_bytes < needed:
+                raise CorruptError(
+                    f"SSD index {path} has {file_bytes} of its {needed} bytes; {REMEDY}"
+                )
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"SSD index {path}: {error.strerror}") from None
 
 
 class SsdIndex:
     """What the data file holds; each ``apply`` is one transaction, on disk when it returns."""
 
     def __init__(self, folder: Path, blocks_max: int, node_id: str) -> None:
-        """Opens or creates the index; ConfigError if another format or node owns it."""
-        self.path = folder / INDEX_NAME
+        """Opens or creates the index.
+
+        ConfigError if another format or node owns it; CorruptError if it is damaged.
+        """
         map_bytes = max(MAP_BYTES_MIN, blocks_max * ENTRY_BYTES)
+        self._open(folder, map_bytes, node_id, create=True)
+
+    @classmethod
+    def existing(cls, folder: Path, *, read_only: bool) -> "SsdIndex":
+        """The index of whatever node, for a look at it while that node does not run.
+
+        ConfigError if there is none, or one of another format; CorruptError as for a node.
+        """
+        self = cls.__new__(cls)
         try:
-            self._env = lmdb.open(str(self.path), map_size=map_bytes, max_dbs=3, mode=0o600)
+            file_bytes = (folder / INDEX_NAME / "data.mdb").stat().st_size
+        except OSError:
+            raise ConfigError(
+                f"{folder} has no {INDEX_NAME}: it is not the SSD directory of a node; "
+                "that is its --ssd-dir, by default DATA_DIR/ssd"
+            ) from None
+        options = {"readonly": True, "lock": False} if read_only else {}
+        self._open(folder, file_bytes + MAP_BYTES_MIN, None, create=False, **options)
+        return self
+
+    def _open(
+        self, folder: Path, map_bytes: int, node_id: str | None, *, create: bool, **options: bool
+    ) -> None:
+        self.path = folder / INDEX_NAME
+        _complete(self.path / "data.mdb")
+        try:
+            self._env = lmdb.open(
+                str(self.path), map_size=map_bytes, max_dbs=3, mode=0o600, create=create, **options
+            )
         except lmdb.Error as error:
             raise ConfigError(f"SSD index {self.path}: {error}") from None
-        self._meta = self._env.open_db(b"meta")
-        self._blocks = self._env.open_db(b"blocks")
-        self._namespaces = self._env.open_db(b"namespaces")
         try:
-            self._check_owner(node_id)
+            self._meta = self._env.open_db(b"meta", create=create)
+            self._blocks = self._env.open_db(b"blocks", create=create)
+            self._namespaces = self._env.open_db(b"namespaces", create=create)
+            self._check_format()
+            if node_id is not None:
+                self._check_owner(node_id)
+        except lmdb.Error as error:
+            self._env.close()
+            raise CorruptError(f"SSD index {self.path}: {error}; {REMEDY}") from None
         except ConfigError:
             self._env.close()
             raise
 
+    def _check_format(self) -> None:
+        with self._env.begin() as txn:
+            found = txn.get(_FORMAT_KEY, db=self._meta)
+            blocks = txn.stat(self._blocks)["entries"]
+        if found == str(FORMAT_VERSION).encode() or (found is None and not blocks):
+            return
+        number = found.decode(errors="replace") if found is not None else "unknown"
+        age = "newer" if number.isdecimal() and int(number) > FORMAT_VERSION else "older"
+        raise ConfigError(
+            f"SSD directory {self.path.parent} has format version {number}, this kvstore reads "
+            f"version {FORMAT_VERSION}: start the {age} kvstore that wrote it, or give the node "
+            "an empty --ssd-dir (its blocks are computed again)"
+        )
+
     def _check_owner(self, node_id: str) -> None:
-        expected = {_FORMAT_KEY: str(FORMAT_VERSION).encode(), _NODE_KEY: node_id.encode()}
+        """The first node to open a directory owns it."""
         with self._env.begin(write=True, db=self._meta) as txn:
-            for key, value in expected.items():
-                found = txn.get(key)
-                if found is None:
-                    txn.put(key, value)
-                elif found != value:
-                    raise ConfigError(
-                        f"SSD directory {self.path.parent} has {key.decode()} "
-                        f"{found.decode(errors='replace')}, this node has {value.decode()}; "
-                        "give it an empty --ssd-dir"
-                    )
+            txn.put(_FORMAT_KEY, str(FORMAT_VERSION).encode(), overwrite=False)
+            owner = txn.get(_NODE_KEY)
+            if owner is None:
+                txn.put(_NODE_KEY, node_id.encode())
+            elif owner != node_id.encode():
+                raise ConfigError(
+                    f"SSD directory {self.path.parent} belongs to node_id "
+                    f"{owner.decode(errors='replace')}, this node is {node_id}; "
+                    "give it an empty --ssd-dir"
+                )
+
+    def data_bytes(self) -> int | None:
+        """Length of the data file as its node made it; None if it was not noted."""
+        with self._env.begin(db=self._meta) as txn:
+            noted = txn.get(_DATA_BYTES_KEY)
+        return int(noted) if noted is not None and noted.isdigit() else None
+
+    def note_data_bytes(self, nbytes: int | None) -> None:
+        """Notes the length of the data file, durably; None forgets it."""
+        if nbytes == self.data_bytes():
+            return
+        with self._env.begin(write=True, db=self._meta) as txn:
+            if nbytes is None:
+                txn.delete(_DATA_BYTES_KEY)
+            else:
+                txn.put(_DATA_BYTES_KEY, str(nbytes).encode())
 
     def entries(self) -> tuple[list[bytes], list[bytes]]:
-        """Keys and encoded records of every block."""
-        with self._env.begin(db=self._blocks) as txn:
-            cursor = txn.cursor()
-            return list(cursor.iternext(values=False)), list(cursor.iternext(keys=False))
+        """Keys and encoded records of every block; CorruptError if they cannot be read."""
+        found = self._all(self._blocks)
+        return list(found), list(found.values())
+
+    def _all(self, database: Any) -> dict[bytes, bytes]:
+        try:
+            with self._env.begin(db=database) as txn:
+                return dict(txn.cursor().iternext())
+        except lmdb.Error as error:
+            raise CorruptError(f"SSD index {self.path}: {error}; {REMEDY}") from None
 
     def apply(self, changes: Iterable[tuple[bytes, bytes | None]]) -> None:
         """Puts ``(key, record)`` and removes ``(key, None)`` in order, all or nothing, durably.
@@ -72,8 +187,7 @@ class SsdIndex:
 
     def namespaces(self) -> dict[bytes, bytes]:
         """Root to encoded namespace, all that ever were opened here."""
-        with self._env.begin(db=self._namespaces) as txn:
-            return dict(txn.cursor().iternext())
+        return self._all(self._namespaces)
 
     def add_namespace(self, root: bytes, encoded: bytes) -> None:
         """Remembers a namespace durably; its blocks mean nothing without it."""

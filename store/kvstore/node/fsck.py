@@ -1,0 +1,117 @@
+"""Offline check of a node's SSD directory: reads every block, and drops bad records if told to."""
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+from kvstore_proto import master_pb2
+
+from kvstore.core.fsck import Examination, Finding
+from kvstore.core.types import IoOutcome
+from kvstore.errors import ConfigError, KVStoreError
+from kvstore.node import translate
+from kvstore.node.block_reader import BlockReader, runs_of
+from kvstore.node.dir_lock import DirectoryInUseError, DirectoryLock
+from kvstore.node.ssd_file import DATA_NAME
+from kvstore.node.ssd_index import INDEX_NAME, SsdIndex
+
+READ_BYTES = 8 << 20
+DROPS_PER_COMMIT = 16384
+
+Progress = Callable[[int, int], None]  # bytes read, bytes to read
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found. A size that was never noted, or a file that is missing, is None."""
+
+    folder: Path
+    records: int
+    read_bytes: int
+    findings: Sequence[Finding]
+    data_bytes: int | None
+    data_bytes_noted: int | None
+    repaired: bool
+
+    @property
+    def wrong_size(self) -> bool:
+        """Whether the data file is not as long as its node made it."""
+        return self.data_bytes_noted is not None and self.data_bytes != self.data_bytes_noted
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings and not self.wrong_size
+
+
+def fsck(folder: Path, *, repair: bool, progress: Progress) -> Report:
+    """Checks the SSD directory ``folder``; with ``repair``, bad records are gone durably.
+
+    Raises ConfigError if it is no such directory, of another format version, or in use by a
+    running node; CorruptError if its index is cut off. Without ``repair`` nothing is changed.
+    """
+    if not (folder / INDEX_NAME).is_dir():
+        SsdIndex.existing(folder, read_only=True)  # says why, and makes no lock file
+    with contextlib.ExitStack() as resources:
+        try:
+            resources.callback(DirectoryLock(folder).release)
+        except DirectoryInUseError:
+            raise ConfigError(
+                f"{folder} is in use by a running node; stop the node first"
+            ) from None
+        index = SsdIndex.existing(folder, read_only=not repair)
+        resources.callback(index.close)
+        report = _check(folder, index, progress)
+        if not repair:
+            return report
+        _drop(index, report.findings)
+        if report.wrong_size:
+            index.note_data_bytes(None)  # the node sizes the file, and notes it, when it starts
+        return Report(**{**vars(report), "repaired": True})
+
+
+def _check(folder: Path, index: SsdIndex, progress: Progress) -> Report:
+    path = folder / DATA_NAME
+    data_bytes = path.stat().st_size if path.is_file() else None
+    keys, values = index.entries()
+    examination = Examination(keys, values, _block_bytes(index), data_bytes or 0)
+    read_bytes = _read_all(path, examination, progress) if examination.sound else 0
+    noted = index.data_bytes()
+    findings = examination.finish()
+    return Report(folder, len(keys), read_bytes, findings, data_bytes, noted, repaired=False)
+
+
+def _block_bytes(index: SsdIndex) -> dict[bytes, int]:
+    """Size of a block in each namespace that this build can read, by root."""
+    sizes = {}
+    for root, encoded in index.namespaces().items():
+        with contextlib.suppress(DecodeError, KVStoreError):
+            report = master_pb2.NamespaceReport.FromString(encoded)
+            sizes[root] = translate.spec_from_message(report.spec).block_bytes
+    return sizes
+
+
+def _read_all(path: Path, examination: Examination, progress: Progress) -> int:
+    """Reads and judges every sound block; the bytes read."""
+    total = sum(record.nbytes for record in examination.sound)
+    done = 0
+    try:
+        reader = BlockReader(path)
+    except OSError as error:
+        raise ConfigError(f"data file {path}: {os.strerror(error.errno or 0)}") from None
+    with contextlib.closing(reader):
+        for run in runs_of(examination.sound, READ_BYTES):
+            for record, outcome in zip(run, reader.outcomes(run), strict=True):
+                examination.read(record, outcome)
+                done += record.nbytes if outcome is not IoOutcome.FAILED else 0
+            progress(done, total)
+    return done
+
+
+def _drop(index: SsdIndex, findings: Sequence[Finding]) -> None:
+    """Removes the records; killed halfway, a next run removes the rest."""
+    for first in range(0, len(findings), DROPS_PER_COMMIT):
+        index.apply((finding.key, None) for finding in findings[first : first + DROPS_PER_COMMIT])
