@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
 from kvstore.config import ConfigT, parse_command_line
-from kvstore.errors import ConfigError, KVStoreError
+from kvstore.errors import ConfigError, InvalidArgumentError, KVStoreError
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +174,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """The one place that turns a KVStoreError of a handler into a gRPC status.
 
     Handlers are coroutines or, where they stream, async generators; anything that is not a
-    KVStoreError is a bug: logged here with its traceback, INTERNAL to the caller.
+    KVStoreError is a bug: logged here with its traceback, INTERNAL to the caller. Bytes that are
+    no message of the method are INVALID_ARGUMENT, and not logged: anybody can send them.
     """
 
     async def intercept_service(
@@ -186,16 +188,43 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler: Any = await continuation(handler_call_details)
         if handler is None:
             return None
+        changed: dict[str, Any] = {}
+        if not handler.request_streaming and handler.request_deserializer:
+            changed["request_deserializer"] = _decoded_or_error(handler.request_deserializer)
         for kind in ("unary_unary", "stream_unary", "unary_stream", "stream_stream"):
             if (inner := getattr(handler, kind)) is not None:
-                return handler._replace(**{kind: _guarded(inner)})  # type: ignore[no-any-return]
-        return handler  # type: ignore[no-any-return]
+                changed[kind] = _guarded(inner)
+        return handler._replace(**changed)  # type: ignore[no-any-return]
+
+
+def _decoded_or_error(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Hands an error on as if it were the request; gRPC would log it with a traceback."""
+
+    def decoded(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError as error:
+            return error
+
+    return decoded
+
+
+def _check_decoded(request: Any) -> None:
+    if isinstance(request, DecodeError):
+        raise request
+
+
+def _malformed(error: DecodeError) -> InvalidArgumentError:
+    return InvalidArgumentError(f"the request is no message of this method: {error}")
 
 
 def _guarded(inner: Callable[..., Any]) -> Callable[..., Any]:
     async def call(request: Any, context: Any) -> Any:
         try:
+            _check_decoded(request)
             return await inner(request, context)
+        except DecodeError as error:
+            await abort_with(context, _malformed(error))
         except KVStoreError as error:
             await abort_with(context, error)
         except (grpc.aio.AbortError, asyncio.CancelledError):
@@ -206,8 +235,11 @@ def _guarded(inner: Callable[..., Any]) -> Callable[..., Any]:
 
     async def stream(request: Any, context: Any) -> Any:
         try:
+            _check_decoded(request)
             async for response in inner(request, context):
                 yield response
+        except DecodeError as error:
+            await abort_with(context, _malformed(error))
         except KVStoreError as error:
             await abort_with(context, error)
         except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):

@@ -16,7 +16,7 @@ KEYS = chain("record", 8)
 
 def record(i: int, shards: int = 1) -> SsdRecord:
     sums = tuple(2**64 - 1 - s for s in range(shards))
-    return SsdRecord(KEYS[i], KEYS[0], KEYS[i - 1], 5000 + i, i << 33, sums, 2**63 + i)
+    return SsdRecord(KEYS[i], KEYS[0], KEYS[i - 1], 5000 + i, i << 33, sums, 2**61 + i)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 256])

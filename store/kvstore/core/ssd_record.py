@@ -15,6 +15,7 @@ HEAD_BYTES = _HEAD.size
 SHARDS_MAX = 256
 ONE_SHARD_BYTES = HEAD_BYTES + 8
 NO_PARENT = bytes(KEY_BYTES)
+NUMBER_MAX = 1 << 62  # of bytes, offsets and sequences: room to count on from what was read
 
 _ONE = np.dtype(
     [
@@ -61,6 +62,8 @@ class SsdRecord(NamedTuple):
         root, parent, nbytes, offset, sequence, shards = _HEAD.unpack_from(value)
         if not 1 <= shards <= SHARDS_MAX or len(value) != HEAD_BYTES + 8 * shards:
             raise CorruptError(f"an SSD record of {len(value)} bytes claims {shards} shards")
+        if max(nbytes, offset, sequence) > NUMBER_MAX:
+            raise CorruptError(f"an SSD record has a number over {NUMBER_MAX}")
         checksums = struct.unpack_from(f"<{shards}Q", value, HEAD_BYTES)
         return cls(key, root, parent, nbytes, offset, checksums, sequence)
 
@@ -76,7 +79,8 @@ def decode_many(
     sizes = np.fromiter((len(v) for v in values), dtype=np.int64, count=len(values))
     if len(keys) and (sizes == ONE_SHARD_BYTES).all() and all(len(k) == KEY_BYTES for k in keys):
         table = np.frombuffer(b"".join(values), dtype=_ONE)
-        if (table["shards"] == 1).all():
+        numbers = (table[name] for name in ("nbytes", "ssd_offset", "sequence"))
+        if (table["shards"] == 1).all() and all((n <= NUMBER_MAX).all() for n in numbers):
             return _from_columns(keys, table), usable
     records = []
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):

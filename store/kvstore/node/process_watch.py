@@ -53,7 +53,7 @@ class ProcessWatch:
         except ProcessLookupError:
             self.sight = Sight.GONE
             return
-        except OSError:
+        except (OSError, OverflowError):  # no number that a process can have overflows
             return
         # Read after the pidfd is open: from here on the number cannot pass to another process.
         if not ticks or start_ticks(pid) != ticks:

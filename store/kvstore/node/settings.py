@@ -1,5 +1,6 @@
 """What a node is told at its start."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class NodeConfig:
             raise ConfigError(f"dram is {self.dram} bytes; a DRAM tier has at least 4KiB")
         if 0 < self.ssd < SLOT_ALIGN_BYTES:
             raise ConfigError(f"ssd is {self.ssd} bytes; take 0 or at least 4KiB")
-        if self.quarantine_s < 0:
+        if not 0 <= self.quarantine_s < math.inf:
             raise ConfigError(f"quarantine_s is {self.quarantine_s}; take 0 or more")
         if self.sessions_max < 1:
             raise ConfigError(f"sessions_max is {self.sessions_max}; take 1 or more")

@@ -168,7 +168,12 @@ class SsdTier:
 
     def _commit_loop(self) -> None:
         for group in self._groups():
-            self._commit(group)
+            try:
+                self._commit(group)
+            except Exception:  # a bug; without this thread every writer would wait for ever
+                log.exception("a group of changes failed")
+                self._fail("a bug; the log has it")
+                self._report_lost(group)
 
     def _groups(self) -> Iterator[list[Change]]:
         """Everything queued up to the bounds of a group, then the next; ends at close."""
@@ -198,11 +203,16 @@ class SsdTier:
             faultpoint("ssd.indexed")
         except (lmdb.Error, OSError) as error:
             self._fail(f"index commit: {error}")
-            self._post(lambda: self._report_group(writes, (), (), stuck=len(drops)))
+            self._report_lost(group)
             return
         kept = [op for op in writes if id(op) not in lost]
         failed = [op for op in writes if id(op) in lost]
         self._post(lambda: self._report_group(failed, kept, drops))
+
+    def _report_lost(self, group: Sequence[Change]) -> None:
+        writes = [op for op in group if isinstance(op, WriteSsd)]
+        stuck = len(group) - len(writes)
+        self._post(lambda: self._report_group(writes, (), (), stuck=stuck))
 
     def _write_data(self, writes: Sequence[WriteSsd]) -> set[int]:
         """Writes and syncs the data; ids of the requests whose data is not on the medium."""
