@@ -190,7 +190,8 @@ class Engine:
                 f"the prompt has {len(tokens)} tokens; with room for one more the context holds "
                 f"{self.max_context - 1}"
             )
-        if not 0 <= min(tokens) <= max(tokens) < self._vocab_size:
+        known = (*tokens, *message.params.stop_token_ids)
+        if not 0 <= min(known) <= max(known) < self._vocab_size:
             raise InvalidArgumentError(f"a token id is not in 0 … {self._vocab_size - 1}")
         if message.params.max_tokens < 1:
             raise InvalidArgumentError(f"max_tokens is {message.params.max_tokens}; take 1 or more")

@@ -7,6 +7,8 @@ import torch
 
 from kvstore_engine.messages import SamplingParams, TokenLogprob
 
+TEMPERATURE_MIN = 1e-6  # less is the same, until it is 0 in float32 and divides 0 by 0
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
@@ -68,7 +70,8 @@ def _draw(logits: torch.Tensor, params: SamplingParams, generator: torch.Generat
     if 0 < params.top_k < len(logits):
         logits, ids = logits.topk(params.top_k)
     # Shifting by the maximum first keeps tiny temperatures from overflowing.
-    probabilities = ((logits - logits.max()) / params.temperature).softmax(dim=-1)
+    temperature = max(params.temperature, TEMPERATURE_MIN)
+    probabilities = ((logits - logits.max()) / temperature).softmax(dim=-1)
     if params.top_p < 1:
         probabilities, order = probabilities.sort(descending=True)
         ids = order if ids is None else ids[order]

@@ -29,6 +29,11 @@ def test_temperature_shapes_the_distribution() -> None:
     assert len(set(draw(SamplingParams(temperature=20.0)))) == 5
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-300])
+def test_a_temperature_that_is_0_in_float32_is_greedy(temperature: float) -> None:
+    assert set(draw(SamplingParams(temperature=temperature), count=20)) == {1}
+
+
 @pytest.mark.parametrize(
     ("params", "allowed"),
     [

@@ -244,6 +244,9 @@ async def test_prompts_that_are_no_prompts(api: Server) -> None:
     assert "token id 1000000000 is not in the vocabulary" in error["message"]
     error = await error_of(api, "/v1/completions", prompt=[-1])
     assert "token id -1" in error["message"]
+    for token in (-1, 10**9, 10**20):
+        error = await error_of(api, "/v1/completions", prompt="a", stop_token_ids=[token])
+        assert error["param"] == "stop_token_ids"
     error = await error_of(api, "/v1/completions", prompt="a", min_tokens=9, max_tokens=5)
     assert error["param"] == "min_tokens"
     error = await error_of(api, "/tokenize", prompt="a", messages=HELLO)

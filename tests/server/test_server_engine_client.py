@@ -50,6 +50,17 @@ async def test_an_aborted_request_hears_nothing_more() -> None:
         assert engine.idle.is_set()
 
 
+@pytest.mark.parametrize("salt", [None, "\ud800"], ids=["number", "text"])
+async def test_I11_a_request_that_cannot_be_sent_fails_alone(salt: str | None) -> None:
+    async with fake_engine() as engine:
+        bad, good = Sink(), Sink()
+        engine.add(AddRequest("bad", [10**20 if salt is None else 65], SamplingParams(), salt), bad)
+        engine.add(request("good"), good)
+        await asyncio.wait_for(engine.idle.wait(), 10)
+        assert [o.finish_reason for o in bad.outputs] == ["error"]
+        assert good.outputs[-1].finish_reason == "length"
+
+
 async def test_killed_engine_ends_open_requests_with_an_error() -> None:
     async with fake_engine() as engine:
         sink = Sink()

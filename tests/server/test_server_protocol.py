@@ -96,6 +96,7 @@ def test_top_k_minus_one_is_off() -> None:
         ("top_p", 0),
         ("top_p", 1.1),
         ("top_k", -2),
+        ("top_k", 10**20),
         ("n", 0),
         ("n", 1000),
         ("n", True),

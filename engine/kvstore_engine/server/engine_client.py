@@ -150,7 +150,26 @@ class EngineClient:
             messages = [await self._outgoing.get()]
             while not self._outgoing.empty():
                 messages.append(self._outgoing.get_nowait())
-            await push.send(wire.encode(messages))
+            await push.send(self._frame(messages))
+
+    def _frame(self, messages: Sequence[ToEngine]) -> bytes:
+        """One frame of all that can be sent; a request that cannot must not stop the others."""
+        try:
+            return wire.encode(messages)
+        except (ValueError, TypeError, OverflowError):
+            return wire.encode([message for message in messages if self._sendable(message)])
+
+    def _sendable(self, message: ToEngine) -> bool:
+        try:
+            wire.encode([message])
+        except (ValueError, TypeError, OverflowError) as error:
+            log.exception("a message to the engine cannot be encoded")
+            if isinstance(message, AddRequest):
+                reason = f"the engine cannot be given this request: {error}"
+                name = message.request_id
+                self._on_output(RequestOutput(name, [], finish_reason="error", error=reason))
+            return False
+        return True
 
     async def _receive(self, pull: zmq.asyncio.Socket) -> None:
         while True:

@@ -112,7 +112,7 @@ class SamplingBody(_Body):
     min_tokens: Annotated[int, Field(ge=0)] = 0
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, BeforeValidator(_top_k), Field(ge=0)] = 0
+    top_k: Annotated[int, BeforeValidator(_top_k), Field(ge=0, lt=2**31)] = 0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[list[str], BeforeValidator(_stops)] = []
     stop_token_ids: Annotated[list[int], Field(max_length=256)] = []

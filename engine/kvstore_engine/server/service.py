@@ -48,7 +48,7 @@ class Service:
             self.tokenizer.encode, text, add_special_tokens=add_special_tokens
         )
 
-    def check_tokens(self, tokens: Sequence[int]) -> None:
+    def check_tokens(self, tokens: Sequence[int], param: str = "prompt") -> None:
         """ApiError for ids that the model does not know."""
         if len(tokens) > self.ready().max_context:
             return  # refused for its length, whatever is in it
@@ -56,7 +56,7 @@ class Service:
         wrong = next((token for token in tokens if not 0 <= token < size), None)
         if wrong is not None:
             raise bad_request(
-                f"token id {wrong} is not in the vocabulary of {size} tokens", param="prompt"
+                f"token id {wrong} is not in the vocabulary of {size} tokens", param=param
             )
 
     def sampling(
@@ -83,6 +83,7 @@ class Service:
                 f"min_tokens is {body.min_tokens}, more than the {wanted} of max_tokens",
                 param="min_tokens",
             )
+        self.check_tokens(body.stop_token_ids, "stop_token_ids")
         return SamplingParams(
             temperature=body.temperature,
             top_k=body.top_k,
