@@ -80,7 +80,7 @@ class LocalNode:
             lambda server: node_pb2_grpc.add_NodeServicer_to_server(NodeService(self.node), server),
             ["kvstore.v1.Node"],
         )
-        self.node.link.start()
+        self.node.start()
 
     async def stop(self) -> None:
         if self._server is not None:

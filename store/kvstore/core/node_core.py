@@ -26,20 +26,13 @@ from kvstore.core.keys import DEFAULT_TENANT, namespace_root, split_keys
 from kvstore.core.leases import Reservation, Session
 from kvstore.core.reserve import Reserves
 from kvstore.core.restore import restore_blocks
+from kvstore.core.scrub import ScrubSsd, next_copies, settle_copies
 from kvstore.core.spec import CacheSpec
 from kvstore.core.ssd_record import SsdRecord
 from kvstore.core.table import LIVE
 from kvstore.core.tiering import Tiering
 from kvstore.core.transfers import Transfers
-from kvstore.core.types import (
-    AckLevel,
-    CoreConfig,
-    IoOutcome,
-    Namespace,
-    Removal,
-    Tier,
-    TierUsage,
-)
+from kvstore.core.types import AckLevel, CoreConfig, IoOutcome, Namespace, Removal, Tier, TierUsage
 from kvstore.errors import (
     InvalidArgumentError,
     KVStoreError,
@@ -292,6 +285,17 @@ class NodeCore:
     def drop_done(self, op: DropSsd, now: float) -> Effects:
         """The removal is durable: the SSD slot is free."""
         self._transfers.drop_done(op)
+        return self._finish(now)
+
+    # Scrubbing
+
+    def scrub_next(self, first_row: int, bytes_max: int) -> tuple[list[ScrubSsd], int]:
+        """SSD copies to be verified, from row 0 on; the row to go on with, -1 at the end."""
+        return next_copies(self._blocks, first_row, bytes_max)
+
+    def scrub_done(self, seen: Sequence[tuple[ScrubSsd, IoOutcome]], now: float) -> Effects:
+        """Copies were verified; unless OK they are dropped, if they are still there."""
+        self._acquires.wake(settle_copies(self._blocks, seen))
         return self._finish(now)
 
     # Administration and time

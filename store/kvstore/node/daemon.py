@@ -44,7 +44,7 @@ async def serve(config: NodeConfig) -> None:
         running.push_async_callback(server.stop, STOP_GRACE_S)
         running.callback(node.clients.end_all)
         node.address = server.address
-        node.link.start()
+        node.start()
         daemon.announce(f"{PROG} ready: {server.address}")
         await stop.wait()
         log.info("stopping")

@@ -21,6 +21,9 @@ class Driver:
     def __init__(self, core: NodeCore, events: EventSink) -> None:
         self.core = core
         self.ssd: SsdTier | None = None
+        self.reads_idle = asyncio.Event()  # no read from SSD is out
+        self.reads_idle.set()
+        self._reads_out = 0
         self.sinks: dict[int, ReplySink] = {}  # by session id; without one, answers are dropped
         self._events = events
         self._loop = asyncio.get_running_loop()
@@ -34,6 +37,8 @@ class Driver:
                 sink(reply)
         if self.ssd is not None:
             if effects.reads:
+                self._reads_out += len(effects.reads)
+                self.reads_idle.clear()
                 self.ssd.submit_reads(effects.reads)
             # Removals first: a key that is stored anew in the same call must end up stored.
             if effects.drops:
@@ -65,6 +70,9 @@ class Driver:
 
     def reads_done(self, done: Sequence[tuple[ReadSsd, IoOutcome]]) -> None:
         """Reads ended: what waits for them is answered."""
+        self._reads_out -= len(done)
+        if not self._reads_out:
+            self.reads_idle.set()
         self.apply(self.core.reads_done(done, self.now()))
 
     def writes_done(self, done: Sequence[WriteSsd], ok: bool) -> None:

@@ -29,6 +29,11 @@ class NodeCollector(Collector):
             ("pinned_blocks", "Blocks under at least one lease", node.core.pinned_blocks()),
             ("master_connected", "Whether the master answers", int(node.link.connected)),
             ("hbm_keys_refused", "HBM keys beyond the limit", node.hbm.refused),
+            (
+                "scrub_pass_finished_seconds",
+                "Unix time at which the last pass of the scrubber ended; 0: none so far",
+                node.scrubber.pass_finished_unix_s if node.scrubber else 0,
+            ),
             ("ssd_failed", "Whether the SSD refuses writes", int(self._ssd_failed())),
         )
         return [

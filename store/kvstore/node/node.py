@@ -6,6 +6,7 @@ import logging
 import os
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 from google.protobuf.message import DecodeError
 from kvstore_proto import master_pb2, node_pb2
@@ -26,6 +27,7 @@ from kvstore.node.driver import Driver
 from kvstore.node.hbm import HbmInventory
 from kvstore.node.master_link import MasterLink
 from kvstore.node.pool import SharedFile, remove_dead_siblings, remove_stale_files
+from kvstore.node.scrub import Scrubber
 from kvstore.node.settings import NodeConfig
 from kvstore.node.ssd import SsdTier
 from kvstore.node.ssd_file import SsdFile
@@ -92,12 +94,14 @@ class Node:
             )
             resources.callback(self.clients.close)
             self.link = MasterLink(config.master, self)
+            self.scrubber: Scrubber | None = None
             if ssd is not None:
                 memory = memoryview(self.pool.map)
                 ssd[0].probe(memory)
                 self.driver.ssd = SsdTier(*ssd, memory, self.driver)
                 resources.callback(self.driver.ssd.close)
                 self._restore(ssd[1])
+                self._open_scrubber(resources, ssd[0].path)
             self._resources = resources.pop_all()
 
     def _open_pool(self, resources: contextlib.ExitStack) -> None:
@@ -156,9 +160,22 @@ class Node:
         self.driver.apply(effects)
         log.info("found %d blocks on SSD", len(records))
 
+    def _open_scrubber(self, resources: contextlib.ExitStack, path: Path) -> None:
+        if self.config.scrub_mb_s:
+            self.scrubber = Scrubber(self.driver, path, self.config.scrub_mb_s)
+            resources.callback(self.scrubber.close)
+
+    def start(self) -> None:
+        """Begins what goes on in the background; the node serves already."""
+        self.link.start()
+        if self.scrubber is not None:
+            self.scrubber.start()
+
     async def close(self) -> None:
         """Finishes SSD writes, tells readers of the directory, and removes the pool's files."""
         await self.link.stop()
+        if self.scrubber is not None:
+            await self.scrubber.stop()
         if self.driver.ssd is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(DRAIN_TIMEOUT_S):

@@ -32,6 +32,9 @@ class NodeConfig:
     dram: int = option(1 << 30, text="size of the DRAM tier, like 8GiB", size=True)
     ssd: int = option(0, text="size of the SSD tier, like 64GiB; 0: none", size=True)
     ssd_dir: str = option("", text="directory of the SSD tier; empty: DATA_DIR/ssd")
+    scrub_mb_s: float = option(
+        8.0, text="how fast SSD blocks are verified in the background, in MB/s; 0: not at all"
+    )
     master: str = option("", text="HOST:PORT of the master; empty: work alone")
     metrics_listen: str = option("127.0.0.1:9401", text="HOST:PORT for Prometheus; empty: none")
     quarantine_s: float = option(
@@ -50,6 +53,8 @@ class NodeConfig:
             raise ConfigError(f"ssd is {self.ssd} bytes; take 0 or at least 4KiB")
         if not 0 <= self.quarantine_s < math.inf:
             raise ConfigError(f"quarantine_s is {self.quarantine_s}; take 0 or more")
+        if not 0 <= self.scrub_mb_s < float("inf"):
+            raise ConfigError(f"scrub_mb_s is {self.scrub_mb_s}; take 0 or more")
         if self.sessions_max < 1:
             raise ConfigError(f"sessions_max is {self.sessions_max}; take 1 or more")
 
