@@ -31,6 +31,7 @@ class Tokenizer:
         self.eos_token_ids = tuple(eos_token_ids)
         self.bos_token_id = bos_token_id
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.token_chars_max: int = max(map(len, backend.get_vocab()), default=1)
         self.byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         added = backend.get_added_tokens_decoder()
         self._added = {token: entry.content for token, entry in added.items()}

@@ -228,6 +228,18 @@ async def test_prompt_longer_than_the_context_says_the_numbers(api: Server) -> N
     assert error["code"] == "context_length_exceeded"
 
 
+async def test_I7_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(api: Server) -> None:
+    for path, body in (
+        ("/v1/completions", {"prompt": "a" * 20_000_000}),
+        ("/tokenize", {"prompt": "a" * 20_000_000}),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 20_000_000}]}),
+    ):
+        async with asyncio.timeout(5):
+            error = await error_of(api, path, **body)
+        assert error["code"] == "context_length_exceeded"
+        assert "20000" in error["message"]
+
+
 async def test_answer_longer_than_the_context(api: Server) -> None:
     error = await error_of(api, "/v1/completions", prompt="abc", max_tokens=MAX_CONTEXT)
     assert error["param"] == "max_tokens"

@@ -12,6 +12,7 @@ from kvstore_engine.server.metrics import Metrics
 from kvstore_engine.server.protocol import SamplingBody
 from kvstore_engine.tokenizer import Tokenizer
 
+CHARS_SLACK = 4  # normalisers shorten a text before it is cut into tokens
 INLINE_CHARS_MAX = 4096  # longer text is tokenised in a thread, beside the event loop
 
 
@@ -41,7 +42,20 @@ class Service:
         return ready
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Tokens of ``text``."""
+        """Tokens of ``text``; ApiError for one so long that it cannot fit the context.
+
+        Tokenising takes seconds for some ten megabytes, and threads for it are few.
+        """
+        ready = self.engine.ready
+        if ready is not None:
+            chars_max = CHARS_SLACK * ready.max_context * self.tokenizer.token_chars_max
+            if len(text) > max(chars_max, INLINE_CHARS_MAX):
+                raise bad_request(
+                    f"the context of this model is {ready.max_context} tokens; the prompt has "
+                    f"{len(text)} characters, too many for any tokens to fit",
+                    param="prompt",
+                    code="context_length_exceeded",
+                )
         if len(text) <= INLINE_CHARS_MAX:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(
