@@ -52,10 +52,10 @@ async def stocked(master: Master) -> FakeNode:
 async def test_status(master: Master, cli: Callable[..., Any]) -> None:
     code, out, _ = await cli("status")
     assert code == 0
-    assert "0 nodes ready; 0 blocks indexed" in out
+    assert "0 nodes ready; 0 block locations indexed" in out
     await stocked(master)
     _, out, _ = await cli("status")
-    assert "1 node ready; 6 blocks indexed" in out
+    assert "1 node ready; 6 block locations indexed" in out
     assert "97.7 KiB" in out
     assert ROOT.hex()[:12] in out
     code, out, _ = await cli("status", "--json")
@@ -108,6 +108,21 @@ async def test_blocks(master: Master, cli: Callable[..., Any]) -> None:
     assert (block["tier"], block["engine_id"], block["bytes"]) == ("HBM", "engine-1", 4096)
     _, out, _ = await cli("blocks", "--namespace", ROOT.hex()[:6], "--json")
     assert len(json.loads(out)["blocks"]) == 6
+
+
+async def test_tables_fit_80_columns(
+    master: Master, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await stocked(master)
+    await node.delta(HBM, stored=keys(1), engine_id="0123456789abcdef" * 2)
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = await cli("blocks")
+    assert [out.count(tier) for tier in ("HBM", "DRAM", "SSD")] == [2, 2, 3]
+    assert "01234567 " in out
+    for command in (["status"], ["nodes"], ["blocks"], ["locate", "--tokens", TOKENS]):
+        _, out, _ = await cli(*command)
+        assert max(map(len, out.splitlines())) <= 80
+        assert "…" not in out
 
 
 async def test_locate(master: Master, cli: Callable[..., Any]) -> None:

@@ -16,7 +16,18 @@ from kvstore.cli.options import (
     read_keys,
     tier_number,
 )
-from kvstore.cli.output import console, count, print_json, short, size, table, tier_name, tier_text
+from kvstore.cli.output import (
+    ENGINE_DIGITS,
+    console,
+    count,
+    cut,
+    print_json,
+    short,
+    size,
+    table,
+    tier_name,
+    tier_text,
+)
 
 
 def blocks(
@@ -51,14 +62,15 @@ def blocks(
     if not answer.blocks:
         console().print("No such block is indexed.")
         return
-    rows = table("", "key", "model", "tier", "node", "engine", ">size")
+    rows = table("", "key", "tier", "node", "engine", "model", ">size")
+    rows.columns[4].no_wrap = False
     for block in answer.blocks:
         rows.add_row(
-            f"{short(block.key)}…",
-            models.get(block.root, short(block.root)),
+            short(block.key),
             tier_text(block.tier),
             block.node_id,
-            block.engine_id,
+            block.engine_id[:ENGINE_DIGITS],
+            cut(models.get(block.root, short(block.root))),
             size(block.bytes),
         )
     out = console()

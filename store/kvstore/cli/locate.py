@@ -10,6 +10,7 @@ from rich.text import Text
 from kvstore.cli.connection import connect
 from kvstore.cli.options import DEFAULT_MASTER, JsonOption, MasterOption, NamespaceOption
 from kvstore.cli.output import (
+    ENGINE_DIGITS,
     TIER_STYLES,
     console,
     count,
@@ -143,7 +144,7 @@ def _print(answer: admin_pb2.LocatePromptResponse, tokens: int) -> None:
         rows.add_row(
             tier_text(run.tier),
             run.node_id,
-            run.engine_id,
+            run.engine_id[:ENGINE_DIGITS],
             f"{run.count:,}",
             str(run.first),
             str(run.first + run.count - 1),

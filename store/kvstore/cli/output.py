@@ -14,6 +14,7 @@ from rich.text import Text
 PIPE_COLUMNS = 160
 BAR_CELLS = 20
 SHORT_DIGITS = 12
+ENGINE_DIGITS = 8
 TIER_STYLES = {"HBM": "magenta", "DRAM": "green", "SSD": "blue", "REMOTE": "yellow"}
 
 
@@ -32,7 +33,14 @@ def print_json(value: object) -> None:
 
 def table(title: str, *columns: str) -> Table:
     """An empty table. A column whose name begins with ``>`` is right-aligned."""
-    result = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    result = Table(
+        title=title,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        show_edge=False,
+    )
     for name in columns:
         right = name.startswith(">")
         result.add_column(
@@ -42,6 +50,14 @@ def table(title: str, *columns: str) -> Table:
             overflow="fold",
         )
     return result
+
+
+def cut(text: str) -> Text:
+    """A cell that gives way where columns are scarce: one line, cut with an ellipsis.
+
+    Its column has to be one that may shrink (``no_wrap = False``).
+    """
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def tier_name(tier: int) -> str:

@@ -19,6 +19,7 @@ from kvstore.cli.output import (
     tier_name,
     tier_text,
 )
+from kvstore.core.keys import DEFAULT_TENANT
 
 
 def status(master: MasterOption = DEFAULT_MASTER, as_json: JsonOption = False) -> None:
@@ -81,7 +82,7 @@ def _print_summary(out: Console, answer: admin_pb2.StatusResponse) -> None:
     )
     out.print(
         f"[{ready}]{count(answer.nodes_ready, 'node')} ready[/{ready}]{lost}; "
-        f"{count(answer.indexed_blocks, 'block')} indexed in {size(answer.index_bytes)}"
+        f"{count(answer.indexed_blocks, 'block location')} indexed in {size(answer.index_bytes)}"
     )
 
 
@@ -113,13 +114,15 @@ def _bytes(usage: common_pb2.TierUsage, name: str) -> int:
 
 
 def _print_namespaces(out: Console, namespaces: list[admin_pb2.NamespaceInfo]) -> None:
-    rows = table("Namespaces", "root", "model", "tenant", "KV", ">a block", ">blocks")
+    tenants = any(info.tenant != DEFAULT_TENANT for info in namespaces)
+    tenant = ["tenant"] if tenants else []
+    rows = table("\nNamespaces", "root", "model", *tenant, "KV", ">a block", ">blocks")
     rows.columns[1].no_wrap = False
     for info in namespaces:
         rows.add_row(
             short(info.root),
             info.spec.model,
-            info.tenant,
+            *([info.tenant] if tenants else []),
             f"{info.spec.attention} {info.spec.kv_dtype}",
             f"{info.spec.block_tokens} tokens, {size(info.spec.block_bytes)}",
             f"{info.blocks:,}",
