@@ -1,4 +1,6 @@
+import pytest
 from kvstore.core.types import Tier
+from kvstore.errors import InvalidArgumentError
 from kvstore.node import deltas
 from kvstore.node.deltas import Deltas
 from kvstore.node.hbm import HbmInventory
@@ -67,3 +69,23 @@ def test_I7_deltas_are_bounded() -> None:
     waiting.add(ROOT, Tier.DRAM, "", keys(1), b"", False)
     assert waiting.take() == []
     assert not waiting.overflowed
+
+
+def test_a_malformed_change_of_hbm_changes_nothing() -> None:
+    hbm = HbmInventory()
+    hbm.change(ROOT, "e", keys(1, 2), b"")
+    for stored, removed in ((b"short", keys(1)), (keys(3), b"short")):
+        with pytest.raises(InvalidArgumentError):
+            hbm.change(ROOT, "e", stored, removed, cleared=True)
+    assert sorted(hbm.inventory(8)[0][2]) == sorted(keys(1, 2))
+    hbm.change(ROOT, "e", keys(3), b"", cleared=True)
+    assert hbm.inventory(8) == [(ROOT, "e", key(3))]
+
+
+def test_I7_messages_without_keys_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deltas, "BYTES_MAX", 10 * deltas.EVENT_BYTES)
+    waiting = Deltas()
+    for _ in range(11):
+        waiting.add(ROOT, Tier.HBM, "e", b"", b"", cleared=True)
+    assert waiting.overflowed
+    assert not waiting.take()

@@ -11,12 +11,22 @@ from typing import Any
 import grpc
 import lmdb
 import pytest
+from kvstore.core.spec import CacheSpec
 from kvstore.core.ssd_record import HEAD_BYTES
 from kvstore.errors import ConfigError
 from kvstore.node.settings import NodeConfig
+from kvstore.node.ssd_index import SsdIndex
 from kvstore_proto import node_pb2
 
-from tests.node.rig import SYNCED, LocalNode, RawSession, hello_message, keys_of
+from tests.node.rig import (
+    BLOCK_BYTES,
+    SPEC,
+    SYNCED,
+    LocalNode,
+    RawSession,
+    hello_message,
+    keys_of,
+)
 
 NUMBERS = struct.Struct("<QQQ")  # of a record: nbytes, offset, sequence
 NUMBERS_AT = HEAD_BYTES - 8 - NUMBERS.size
@@ -112,3 +122,54 @@ async def test_I9_a_bug_in_a_commit_fails_its_writes_and_no_later_one_waits(
     assert ssd.failed
     assert (await session.stub.Stats(node_pb2.StatsRequest())).counters["ssd_write_errors"]
     await session.goodbye()
+
+
+async def test_I9_a_namespace_opens_on_a_full_disk(
+    node: LocalNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ssd = node.node.driver.ssd
+    assert ssd is not None
+
+    class FullDisk:
+        def begin(self, **_: object) -> None:
+            raise lmdb.DiskError("No space left on device")
+
+        def close(self) -> None:
+            """Nothing to close."""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ssd.index, "_env", FullDisk())
+        session = await RawSession.open(node.address)
+        assert session.namespace
+        assert await session.put(keys_of(4)) == bytes([1] * 4)
+        assert (await session.check(keys_of(4))).granted == 4
+        assert session.root not in node.node._known_roots
+    await session.open_namespace(SPEC)
+    assert session.root in node.node._known_roots
+    await session.goodbye()
+
+
+async def test_I7_namespaces_without_blocks_do_not_outlive_the_node(tmp_path: Path) -> None:
+    first = LocalNode(tmp_path)
+    await first.start()
+    session = await RawSession.open(first.address)
+    await session.put(keys_of(2), level=SYNCED)
+    used = session.root
+    for i in range(5):
+        await session.open_namespace(CacheSpec.raw(f"unused {i}", block_bytes=BLOCK_BYTES))
+    assert len(first.node.core.namespaces()) == 6
+    await session.goodbye()
+    await first.stop()
+
+    second = LocalNode(tmp_path)
+    await second.start()
+    assert [namespace.root for namespace in second.node.core.namespaces()] == [used]
+    await second.stop()
+
+
+def test_an_empty_index_file_is_a_new_index(tmp_path: Path) -> None:
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "data.mdb").touch()
+    index = SsdIndex(tmp_path, 16, "node")
+    assert index.entries() == ([], [])
+    index.close()

@@ -5,6 +5,7 @@ from kvstore_proto import master_pb2
 from kvstore.node import translate
 
 BYTES_MAX = 16 << 20  # of keys that wait; more, and the master gets the whole inventory again
+EVENT_BYTES = 128  # of a message, whatever keys are in it
 
 
 class Deltas:
@@ -20,13 +21,13 @@ class Deltas:
         self, root: bytes, tier: int, engine_id: str, stored: bytes, removed: bytes, cleared: bool
     ) -> None:
         """Queues one change; within a message, cleared comes before removed before stored."""
-        self._bytes += len(stored) + len(removed)
+        event = self._last.get((root, tier, engine_id))
+        follows = event is not None and not cleared and not (removed and event.stored)
+        self._bytes += len(stored) + len(removed) + (0 if follows else EVENT_BYTES)
         if self.overflowed or self._bytes > BYTES_MAX:
             self.clear()
             self.overflowed = True
             return
-        event = self._last.get((root, tier, engine_id))
-        follows = event is not None and not cleared and not (removed and event.stored)
         if event is None or not follows:
             event = master_pb2.BlockEvents(
                 root=root, tier=translate.number(tier), engine_id=engine_id, cleared=cleared

@@ -13,13 +13,21 @@ class HbmInventory:
         self._room = keys_max
         self.refused = 0
 
-    def change(self, root: bytes, engine_id: str, stored: bytes, removed: bytes) -> None:
-        """Removed keys go, then stored ones come."""
+    def change(
+        self, root: bytes, engine_id: str, stored: bytes, removed: bytes, *, cleared: bool = False
+    ) -> None:
+        """All keys go if ``cleared``, then removed ones, then stored ones come.
+
+        InvalidArgumentError for a list that is none, and then nothing has changed.
+        """
+        come, gone = split_keys(stored), split_keys(removed)
+        if cleared:
+            self.clear(root, engine_id)
         held = self._keys.setdefault((root, engine_id), set())
         before = len(held)
-        held.difference_update(split_keys(removed))
+        held.difference_update(gone)
         self._room += before - len(held)
-        fresh = set(split_keys(stored)) - held
+        fresh = set(come) - held
         if len(fresh) > self._room:
             self.refused += len(fresh)
             return

@@ -143,16 +143,16 @@ class Node:
 
     def _restore(self, index: SsdIndex) -> None:
         """Takes over what an earlier instance left on SSD."""
-        self._known_roots = index.namespaces()
+        keys, values = index.entries()
+        records, usable = decode_many(keys, values)
+        broken = [DropSsd(-1, key, 0) for key, ok in zip(keys, usable, strict=True) if not ok]
+        self._known_roots = index.keep_namespaces({record.root for record in records})
         for root, encoded in self._known_roots.items():
             try:
                 report = master_pb2.NamespaceReport.FromString(encoded)
                 self.core.open_namespace(translate.spec_from_message(report.spec), report.tenant)
             except (DecodeError, KVStoreError) as error:
                 log.warning("namespace %s on SSD is not used: %s", root.hex()[:16], error)
-        keys, values = index.entries()
-        records, usable = decode_many(keys, values)
-        broken = [DropSsd(-1, key, 0) for key, ok in zip(keys, usable, strict=True) if not ok]
         effects = self.core.restore(records)
         effects.drops += broken
         if effects.drops:
@@ -198,7 +198,7 @@ class Node:
         )
 
     def open_namespace(self, spec: CacheSpec, tenant: str) -> Namespace:
-        """The namespace of a spec; durable before anything is stored in it."""
+        """The namespace of a spec; durable before anything is stored in it, if the SSD works."""
         if (tenant or DEFAULT_TENANT) != DEFAULT_TENANT:
             raise InvalidArgumentError(
                 f"tenant {tenant!r}; with security off the one tenant is {DEFAULT_TENANT!r}"
@@ -207,8 +207,8 @@ class Node:
         report = translate.namespace_to_message(namespace)
         if self.driver.ssd is not None and namespace.root not in self._known_roots:
             encoded = report.SerializeToString()
-            self.driver.ssd.index.add_namespace(namespace.root, encoded)
-            self._known_roots[namespace.root] = encoded
+            if self.driver.ssd.index.add_namespace(namespace.root, encoded):
+                self._known_roots[namespace.root] = encoded
         self.link.namespace_opened(report)
         return namespace
 
@@ -217,9 +217,7 @@ class Node:
         root = next((n.root for n in self.core.namespaces() if n.id == events.namespace_id), None)
         if root is None:
             raise NotFoundError(f"namespace {events.namespace_id} is not open")
-        if events.cleared:
-            self.hbm.clear(root, engine_id)
-        self.hbm.change(root, engine_id, events.stored, events.removed)
+        self.hbm.change(root, engine_id, events.stored, events.removed, cleared=events.cleared)
         self.link.changed(
             root, Tier.HBM, engine_id, events.stored, events.removed, cleared=events.cleared
         )

@@ -3,7 +3,7 @@
 import logging
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def _complete(path: Path) -> None:
             page_bytes = _META.unpack(first)[1] if len(first) == _META.size else 0
             file.seek(page_bytes)
             metas = [
-                _META.unpack(m) for m in (first, file.read(_META.size)) if len(m) == len(first)
+                _META.unpack(m) for m in (first, file.read(_META.size)) if len(m) == _META.size
             ]
             file_bytes = file.seek(0, os.SEEK_END)
             newest = max(
@@ -189,10 +189,28 @@ class SsdIndex:
         """Root to encoded namespace, all that ever were opened here."""
         return self._all(self._namespaces)
 
-    def add_namespace(self, root: bytes, encoded: bytes) -> None:
-        """Remembers a namespace durably; its blocks mean nothing without it."""
-        with self._env.begin(write=True, db=self._namespaces) as txn:
-            txn.put(root, encoded)
+    def keep_namespaces(self, roots: Set[bytes]) -> dict[bytes, bytes]:
+        """Forgets all but these, so that those that nobody uses never add up; what is left."""
+        known = self.namespaces()
+        unused = known.keys() - roots
+        if unused:
+            try:
+                with self._env.begin(write=True, db=self._namespaces) as txn:
+                    for root in unused:
+                        txn.delete(root)
+            except lmdb.Error as error:
+                log.error("%d namespaces without blocks stay: %s", len(unused), error)
+        return {root: encoded for root, encoded in known.items() if root in roots}
+
+    def add_namespace(self, root: bytes, encoded: bytes) -> bool:
+        """Remembers durably what a namespace is; False if the medium does not take it now."""
+        try:
+            with self._env.begin(write=True, db=self._namespaces) as txn:
+                txn.put(root, encoded)
+        except lmdb.Error as error:
+            log.error("namespace %s is not kept: %s", root.hex()[:16], error)
+            return False
+        return True
 
     def close(self) -> None:
         """Closes the environment; nothing may use it any more."""
