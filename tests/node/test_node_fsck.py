@@ -105,7 +105,7 @@ async def test_damaged_records(keys: list[bytes], folder: Path) -> None:
         txn.put(keys[-1], b"too short")
         txn.put(keys[-2], record_of_last._replace(ssd_offset=1 << 50).encode())
         txn.put(b"k" * 32, good._replace(key=b"k" * 32, sequence=0).encode())
-        txn.put(b"f" * 32, good._replace(root=b"?" * 32).encode())
+        txn.put(b"f" * 32, good._replace(nbytes=4096).encode())
 
     record_of_last = record_of(folder, keys[-2])
     edit(folder, b"blocks", damage)

@@ -30,7 +30,7 @@ def record(
 
 def examine(records: Iterable[SsdRecord]) -> Examination:
     entries = [(r.key, r.encode()) for r in records]
-    sizes = {ROOT: 2 * PAGE, OTHER: 3 * PAGE - 100}
+    sizes = {ROOT: 2 * PAGE, OTHER: 3 * PAGE - 100, b"x" * 32: None}
     return Examination([k for k, _ in entries], [v for _, v in entries], sizes, FILE_BYTES)
 
 
@@ -65,8 +65,14 @@ def test_malformed_entries() -> None:
 
 
 def test_foreign_records() -> None:
-    found = faults(examine([record(1, 0, root=b"?" * 32), record(2, 2, nbytes=PAGE)]))
+    found = faults(examine([record(1, 0, root=b"x" * 32), record(2, 2, nbytes=PAGE)]))
     assert found == {1: Fault.FOREIGN, 2: Fault.FOREIGN}
+
+
+def test_a_namespace_that_was_not_noted_may_be_used() -> None:
+    unknown = b"?" * 32
+    records = [record(1, 0, root=unknown), record(2, 4, root=unknown, nbytes=0)]
+    assert faults(examine(records)) == {2: Fault.OUTSIDE}
 
 
 @pytest.mark.parametrize("page", [63, 64, 1 << 40])

@@ -45,10 +45,13 @@ class Examination:
         self,
         keys: Sequence[bytes],
         values: Sequence[bytes],
-        block_bytes: Mapping[bytes, int],
+        block_bytes: Mapping[bytes, int | None],
         file_bytes: int,
     ) -> None:
-        """``block_bytes`` is the size of a block in each namespace, by root, that can be read."""
+        """``block_bytes`` is the size of a block in each namespace, by root; None: unreadable.
+
+        A namespace may not be listed: what it is was not noted, but who knows it can use it.
+        """
         self.findings: list[Finding] = []
         records, usable = decode_many(keys, values)
         for key, value, good in zip(keys, values, usable.tolist(), strict=True):
@@ -65,14 +68,16 @@ class Examination:
         self._verified: dict[bytes, SsdRecord] = {}
 
     def _has_place(
-        self, record: SsdRecord, block_bytes: Mapping[bytes, int], file_bytes: int
+        self, record: SsdRecord, block_bytes: Mapping[bytes, int | None], file_bytes: int
     ) -> bool:
-        size = block_bytes.get(record.root)
+        size = block_bytes.get(record.root, record.nbytes)
         if size is None:
-            self._found(Fault.FOREIGN, record, "its namespace is not known to this build")
+            self._found(Fault.FOREIGN, record, "its namespace is of another format version")
         elif size != record.nbytes:
             self._found(Fault.FOREIGN, record, f"blocks of its namespace have {size} bytes")
-        elif record.ssd_offset % SLOT_ALIGN_BYTES or _end(record) > file_bytes:
+        elif record.ssd_offset % SLOT_ALIGN_BYTES or not 0 < record.nbytes <= _room(
+            record, file_bytes
+        ):
             self._found(Fault.OUTSIDE, record, f"no place in a file of {file_bytes} bytes")
         else:
             return True
@@ -98,6 +103,11 @@ class Examination:
     def _found(self, fault: Fault, record: SsdRecord, detail: str) -> None:
         place = (record.ssd_offset, record.nbytes)
         self.findings.append(Finding(fault, record.key, *place, detail))
+
+
+def _room(record: SsdRecord, file_bytes: int) -> int:
+    """Bytes that a block may have at the record's place."""
+    return (file_bytes - record.ssd_offset) // SLOT_ALIGN_BYTES * SLOT_ALIGN_BYTES
 
 
 def _end(record: SsdRecord) -> int:

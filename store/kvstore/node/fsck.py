@@ -84,10 +84,11 @@ def _check(folder: Path, index: SsdIndex, progress: Progress) -> Report:
     return Report(folder, len(keys), read_bytes, findings, data_bytes, noted, repaired=False)
 
 
-def _block_bytes(index: SsdIndex) -> dict[bytes, int]:
-    """Size of a block in each namespace that this build can read, by root."""
-    sizes = {}
+def _block_bytes(index: SsdIndex) -> dict[bytes, int | None]:
+    """Size of a block in each namespace, by root; None where this build cannot read it."""
+    sizes: dict[bytes, int | None] = {}
     for root, encoded in index.namespaces().items():
+        sizes[root] = None
         with contextlib.suppress(DecodeError, KVStoreError):
             report = master_pb2.NamespaceReport.FromString(encoded)
             sizes[root] = translate.spec_from_message(report.spec).block_bytes
