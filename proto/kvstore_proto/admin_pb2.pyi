@@ -48,6 +48,7 @@ class StatusResponse(_message.Message):
     TIERS_FIELD_NUMBER: _builtins.int
     NAMESPACES_FIELD_NUMBER: _builtins.int
     LEADER_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     cluster_epoch: _builtins.int
     uptime_s: _builtins.int
@@ -63,6 +64,10 @@ class StatusResponse(_message.Message):
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TierUsage]:
         """sum over the ready nodes"""
 
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"node: what an operator should look at" """
+
     def __init__(
         self,
         *,
@@ -76,10 +81,11 @@ class StatusResponse(_message.Message):
         tiers: _abc.Iterable[_common_pb2.TierUsage] | None = ...,
         namespaces: _builtins.int = ...,
         leader: _builtins.bool = ...,
+        problems: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_epoch", b"cluster_epoch", "index_bytes", b"index_bytes", "indexed_blocks", b"indexed_blocks", "leader", b"leader", "namespaces", b"namespaces", "nodes_lost", b"nodes_lost", "nodes_ready", b"nodes_ready", "tiers", b"tiers", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_epoch", b"cluster_epoch", "index_bytes", b"index_bytes", "indexed_blocks", b"indexed_blocks", "leader", b"leader", "namespaces", b"namespaces", "nodes_lost", b"nodes_lost", "nodes_ready", b"nodes_ready", "problems", b"problems", "tiers", b"tiers", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -112,6 +118,7 @@ class NodeInfo(_message.Message):
     LAST_SEEN_MS_FIELD_NUMBER: _builtins.int
     SESSIONS_FIELD_NUMBER: _builtins.int
     TIERS_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     address: _builtins.str
     hostname: _builtins.str
@@ -123,6 +130,10 @@ class NodeInfo(_message.Message):
     sessions: _builtins.int
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TierUsage]: ...
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what an operator should look at; none: all is well"""
+
     def __init__(
         self,
         *,
@@ -134,10 +145,11 @@ class NodeInfo(_message.Message):
         last_seen_ms: _builtins.int = ...,
         sessions: _builtins.int = ...,
         tiers: _abc.Iterable[_common_pb2.TierUsage] | None = ...,
+        problems: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "hostname", b"hostname", "last_seen_ms", b"last_seen_ms", "node_id", b"node_id", "sessions", b"sessions", "state", b"state", "tiers", b"tiers", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "hostname", b"hostname", "last_seen_ms", b"last_seen_ms", "node_id", b"node_id", "problems", b"problems", "sessions", b"sessions", "state", b"state", "tiers", b"tiers", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -211,21 +211,27 @@ class Heartbeat(_message.Message):
     TIERS_FIELD_NUMBER: _builtins.int
     SESSIONS_FIELD_NUMBER: _builtins.int
     SENT_UNIX_MS_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
     sessions: _builtins.int
     sent_unix_ms: _builtins.int
     """for people only; nothing is decided by it"""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TierUsage]: ...
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what an operator should look at, in words; none: all is well"""
+
     def __init__(
         self,
         *,
         tiers: _abc.Iterable[_common_pb2.TierUsage] | None = ...,
         sessions: _builtins.int = ...,
         sent_unix_ms: _builtins.int = ...,
+        problems: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sent_unix_ms", b"sent_unix_ms", "sessions", b"sessions", "tiers", b"tiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["problems", b"problems", "sent_unix_ms", b"sent_unix_ms", "sessions", b"sessions", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

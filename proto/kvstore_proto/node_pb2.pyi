@@ -859,6 +859,7 @@ class StatsResponse(_message.Message):
     SESSIONS_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
     PINNED_BLOCKS_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     instance: _builtins.int
     sessions: _builtins.int
@@ -871,6 +872,10 @@ class StatsResponse(_message.Message):
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """since start; names as in the metrics"""
 
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what an operator should look at; none: all is well"""
+
     def __init__(
         self,
         *,
@@ -880,10 +885,11 @@ class StatsResponse(_message.Message):
         sessions: _builtins.int = ...,
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         pinned_blocks: _builtins.int = ...,
+        problems: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "instance", b"instance", "node_id", b"node_id", "pinned_blocks", b"pinned_blocks", "sessions", b"sessions", "tiers", b"tiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "instance", b"instance", "node_id", b"node_id", "pinned_blocks", b"pinned_blocks", "problems", b"problems", "sessions", b"sessions", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

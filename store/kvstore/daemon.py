@@ -259,6 +259,11 @@ class GrpcServer:
     address: str
     health: health.aio.HealthServicer
 
+    async def set_health(self, service_name: str, *, serving: bool) -> None:
+        """What health checkers hear of a service."""
+        status = health_pb2.HealthCheckResponse
+        await self.health.set(service_name, status.SERVING if serving else status.NOT_SERVING)
+
     async def stop(self, grace_s: float = 1.0) -> None:
         """Tells health checkers first, then ends open calls after ``grace_s``."""
         with contextlib.suppress(grpc.RpcError):

@@ -213,12 +213,26 @@ async def test_I3_failed_index_commit_acknowledges_nothing(rig: Rig) -> None:
     first = rig.write(0, os.urandom(PAGE), 0)
     rig.tier.submit_changes([first])
     await rig.drain()
-    arm("ssd.index:enospc")
+    arm("ssd.index:eio")
     rig.tier.submit_changes([DropSsd(0, first.key, 0), rig.write(1, os.urandom(PAGE), PAGE)])
     await rig.drain()
     assert [op.row for op in rig.reports.failed] == [1]
     assert rig.reports.dropped == []
+    assert "index commit" in rig.tier.failed
     assert decode_many(*rig.index.entries())[0] == [first.record]
+
+
+async def test_I3_index_without_room_is_tried_again(rig: Rig) -> None:
+    first = rig.write(0, os.urandom(PAGE), 0)
+    rig.tier.submit_changes([first])
+    await rig.drain()
+    arm("ssd.index:enospc@1,ssd.index:enospc@2")
+    rig.tier.submit_changes([DropSsd(0, first.key, 0), rig.write(1, os.urandom(PAGE), PAGE)])
+    await rig.drain()
+    assert [op.row for op in rig.reports.failed] == [1]
+    assert [op.row for op in rig.reports.dropped] == [0]
+    assert (rig.tier.failed, rig.tier.full) == ("", "")
+    assert rig.index.entries() == ([], [])
 
 
 async def test_close_ends_with_work_queued(tmp_path: Path) -> None:

@@ -7,7 +7,15 @@ from rich.text import Text
 
 from kvstore.cli.connection import connect
 from kvstore.cli.options import DEFAULT_MASTER, JsonOption, MasterOption
-from kvstore.cli.output import console, duration, print_json, size, table, tier_name
+from kvstore.cli.output import (
+    console,
+    duration,
+    print_json,
+    print_problems,
+    size,
+    table,
+    tier_name,
+)
 from kvstore.cli.status import usage_json
 
 STATE_STYLES = {"ready": "green", "syncing": "yellow", "lost": "red"}
@@ -18,11 +26,13 @@ def nodes(master: MasterOption = DEFAULT_MASTER, as_json: JsonOption = False) ->
     """List the nodes, those that are lost included.
 
     A node is [green]ready[/green], [yellow]syncing[/yellow] while its inventory is on the way,
-    or [red]lost[/red]: its blocks cannot be found until it comes back.
+    or [red]lost[/red]: its blocks cannot be found until it comes back. Below the table stands
+    what is wrong with a node that goes on, such as an SSD that takes no more writes.
 
     [bold]Examples[/bold]
       [cyan]kvstore nodes[/cyan]
       [cyan]kvstore nodes --json | jq '.nodes[] | select(.state == "lost") | .node_id'[/cyan]
+      [cyan]kvstore nodes --json | jq '.nodes[] | select(.problems != []) | .problems'[/cyan]
     """
     with connect(master) as admin:
         found = list(admin.call("ListNodes", admin_pb2.ListNodesRequest()).nodes)
@@ -45,6 +55,7 @@ def nodes(master: MasterOption = DEFAULT_MASTER, as_json: JsonOption = False) ->
             f"{node.hostname} {node.address}",
         )
     console().print(rows)
+    print_problems([f"{node.node_id}: {text}" for node in found for text in node.problems])
 
 
 def node_json(node: admin_pb2.NodeInfo) -> dict[str, Any]:
@@ -58,6 +69,7 @@ def node_json(node: admin_pb2.NodeInfo) -> dict[str, Any]:
         "last_seen_ms": node.last_seen_ms,
         "sessions": node.sessions,
         "tiers": [usage_json(usage) for usage in node.tiers],
+        "problems": list(node.problems),
     }
 
 

@@ -60,6 +60,12 @@ def cut(text: str) -> Text:
     return Text(text, no_wrap=True, overflow="ellipsis")
 
 
+def print_problems(problems: Sequence[str]) -> None:
+    """What an operator should look at, one a line, in words that came from a node."""
+    for text in problems:
+        console().print(Text(f"! {text}", style="bold red"), soft_wrap=True)
+
+
 def tier_name(tier: int) -> str:
     """``DRAM`` of ``TIER_DRAM``."""
     return common_pb2.Tier.Name(common_pb2.Tier.ValueType(tier)).removeprefix("TIER_")

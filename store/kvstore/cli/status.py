@@ -13,6 +13,7 @@ from kvstore.cli.output import (
     count,
     duration,
     print_json,
+    print_problems,
     short,
     size,
     table,
@@ -23,7 +24,7 @@ from kvstore.core.keys import DEFAULT_TENANT
 
 
 def status(master: MasterOption = DEFAULT_MASTER, as_json: JsonOption = False) -> None:
-    """Show the cluster: nodes, space of each tier, namespaces.
+    """Show the cluster: nodes, what is wrong with them, space of each tier, namespaces.
 
     [bold]Examples[/bold]
       [cyan]kvstore status[/cyan]
@@ -37,6 +38,7 @@ def status(master: MasterOption = DEFAULT_MASTER, as_json: JsonOption = False) -
         return
     out = console()
     _print_summary(out, answer)
+    print_problems(answer.problems)
     if answer.tiers:
         _print_tiers(out, list(answer.tiers))
     if namespaces:
@@ -68,6 +70,7 @@ def status_json(
         "nodes_lost": answer.nodes_lost,
         "indexed_blocks": answer.indexed_blocks,
         "index_bytes": answer.index_bytes,
+        "problems": list(answer.problems),
         "tiers": [usage_json(usage) for usage in answer.tiers],
         "namespaces": [namespace_json(info) for info in namespaces],
     }

@@ -56,6 +56,11 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             tiers=_sum_tiers(ready),
             namespaces=len(cluster.namespaces),
             leader=True,
+            problems=[
+                f"{n.known.node_id}: {text}"
+                for n in cluster.members.connected()
+                for text in n.problems
+            ],
         )
 
     async def ListNodes(  # noqa: N802
@@ -79,6 +84,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             last_seen_ms=int((now - seen) * 1000),
             sessions=node.sessions,
             tiers=node.tiers,
+            problems=[] if node.state is NodeState.LOST else node.problems,
         )
 
     async def ListNamespaces(  # noqa: N802

@@ -96,6 +96,7 @@ class Node:
     last_seen: float | None = None  # monotonic seconds; None: not since the master's start
     sessions: int = 0
     tiers: list[common_pb2.TierUsage] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     link: NodeLink | None = None
 
 

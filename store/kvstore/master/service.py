@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 LOCATE_KEYS_MAX = 131_072
 RESYNCS_MAX = 3
+PROBLEMS_MAX = 8  # of one node
+PROBLEM_CHARS_MAX = 1024
 INDEXED_TIERS = (Tier.HBM, Tier.DRAM, Tier.SSD)
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -80,6 +82,9 @@ class MasterService(master_pb2_grpc.MasterServicer):
             case "heartbeat":
                 node.sessions = report.heartbeat.sessions
                 node.tiers = list(report.heartbeat.tiers)
+                node.problems = [
+                    text[:PROBLEM_CHARS_MAX] for text in report.heartbeat.problems[:PROBLEMS_MAX]
+                ]
             case "result":
                 link.resolve(report.result)
             case "hello":

@@ -1,5 +1,6 @@
 """The command kvstore-node."""
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -18,7 +19,19 @@ log = logging.getLogger(__name__)
 
 PROG = "kvstore-node"
 SERVICE_NAME = node_pb2.DESCRIPTOR.services_by_name["Node"].full_name
+SSD_SERVICE_NAME = f"{SERVICE_NAME}.ssd"  # to health checkers
 STOP_GRACE_S = 0.5
+HEALTH_S = 0.5
+
+
+async def _show_ssd_health(node: Node, server: daemon.GrpcServer) -> None:
+    """Keeps the health of the SSD tier current. The node itself serves on when that fails."""
+    shown = None
+    while True:
+        if (serving := not node.problems()) != shown:
+            shown = serving
+            await server.set_health(SSD_SERVICE_NAME, serving=serving)
+        await asyncio.sleep(HEALTH_S)
 
 
 async def serve(config: NodeConfig) -> None:
@@ -42,6 +55,9 @@ async def serve(config: NodeConfig) -> None:
             insecure=config.insecure,
         )
         running.push_async_callback(server.stop, STOP_GRACE_S)
+        if config.ssd:
+            watching = asyncio.create_task(_show_ssd_health(node, server))
+            running.callback(watching.cancel)
         running.callback(node.clients.end_all)
         node.address = server.address
         node.start()

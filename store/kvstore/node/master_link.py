@@ -58,6 +58,9 @@ class LinkedNode(Protocol):
     clients: Clients
     hbm: HbmInventory
 
+    def problems(self) -> list[str]:
+        """What an operator should look at."""
+
 
 class MasterLink:
     """Keeps one session with the master, for as long as the node lives.
@@ -233,6 +236,7 @@ class MasterLink:
             tiers=[translate.usage_to_message(usage) for usage in self._node.core.usage()],
             sessions=self._node.clients.open_count,
             sent_unix_ms=time.time_ns() // 1_000_000,
+            problems=self._node.problems(),
         )
 
     # Directives

@@ -34,7 +34,7 @@ class NodeCollector(Collector):
                 "Unix time at which the last pass of the scrubber ended; 0: none so far",
                 node.scrubber.pass_finished_unix_s if node.scrubber else 0,
             ),
-            ("ssd_failed", "Whether the SSD refuses writes", int(self._ssd_failed())),
+            ("ssd_failed", "Whether the SSD takes no more writes", int(self._ssd_failed())),
         )
         return [
             self._space(),

@@ -212,6 +212,21 @@ class Node:
         self.link.namespace_opened(report)
         return namespace
 
+    def problems(self) -> list[str]:
+        """What an operator should look at, in words; empty while all is well."""
+        ssd = self.driver.ssd
+        if ssd is not None and ssd.failed:
+            return [
+                f"SSD takes no more writes ({ssd.failed}); reads and DRAM go on, new blocks are in "
+                "memory only; look at the device, then restart the node"
+            ]
+        if ssd is not None and ssd.full:
+            return [
+                f"SSD index has no room ({ssd.full}); new blocks are in memory only; free space in "
+                f"{self.config.ssd_path}"
+            ]
+        return []
+
     def hbm_events(self, engine_id: str, events: node_pb2.HbmEvents) -> None:
         """Blocks came into or left an engine's own pages."""
         root = next((n.root for n in self.core.namespaces() if n.id == events.namespace_id), None)

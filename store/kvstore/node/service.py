@@ -36,4 +36,5 @@ class NodeService(node_pb2_grpc.NodeServicer):
             sessions=node.clients.open_count,
             counters=node.core.counters,
             pinned_blocks=node.core.pinned_blocks(),
+            problems=node.problems(),
         )

@@ -7,9 +7,11 @@ loop, many in one call.
 """
 
 import asyncio
+import errno
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Protocol, TypeVar
@@ -31,6 +33,7 @@ READ_RUN_BYTES = 2 << 20  # short, so that the first blocks of a prompt are usab
 WRITE_RUN_BYTES = 4 << 20
 GROUP_BYTES = 64 << 20
 GROUP_CHANGES = 16384
+FULL_PAUSE_S = 0.1  # before an index without room is tried again
 
 
 class SsdReports(Protocol):
@@ -74,6 +77,7 @@ class SsdTier:
         self.file = file
         self.index = index
         self.failed = ""  # why nothing is acknowledged any more; empty while all is well
+        self.full = ""  # why the index takes nothing for now
         self._memory = memory
         self._reports = reports
         self._loop = asyncio.get_running_loop()
@@ -202,12 +206,30 @@ class SsdTier:
             self.index.apply(changes)
             faultpoint("ssd.indexed")
         except (lmdb.Error, OSError) as error:
-            self._fail(f"index commit: {error}")
-            self._report_lost(group)
+            if _is_full(error):
+                self._put_off(writes, drops, error)
+            else:
+                self._fail(f"index commit: {error}")
+                self._report_lost(group)
             return
+        if self.full and changes:
+            log.info("SSD index has room again")
+            self.full = ""
         kept = [op for op in writes if id(op) not in lost]
         failed = [op for op in writes if id(op) in lost]
         self._post(lambda: self._report_group(failed, kept, drops))
+
+    def _put_off(
+        self, writes: Sequence[WriteSsd], drops: Sequence[DropSsd], error: Exception
+    ) -> None:
+        """No room for the index: nothing has changed. Removals wait until there is room again."""
+        if not self.full:
+            log.error("SSD index has no room: %s; no new block stays on SSD until it has", error)
+            self.full = str(error)
+        time.sleep(FULL_PAUSE_S)
+        if drops:
+            self._changes.put(drops)
+        self._post(lambda: self._report_group(writes, (), ()))
 
     def _report_lost(self, group: Sequence[Change]) -> None:
         writes = [op for op in group if isinstance(op, WriteSsd)]
@@ -244,8 +266,13 @@ class SsdTier:
         return True
 
     def _fail(self, reason: str) -> None:
-        log.error("SSD tier takes no more writes: %s", reason)
-        self.failed = reason
+        if not self.failed:
+            log.error(
+                "SSD tier takes no more writes until the node is restarted: %s; reads and DRAM go "
+                "on, new blocks are in memory only",
+                reason,
+            )
+            self.failed = reason
 
     def _report_group(
         self,
@@ -262,6 +289,12 @@ class SsdTier:
             self._reports.writes_done(kept, ok=True)
         if drops:
             self._reports.drops_done(drops)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether there was no room on the file system, or in the map, of the index."""
+    full = isinstance(error, lmdb.DiskError | lmdb.MapFullError)
+    return full or getattr(error, "errno", 0) == errno.ENOSPC
 
 
 def _runs(ops: Sequence[OpT], bytes_max: int) -> Iterator[list[OpT]]:
