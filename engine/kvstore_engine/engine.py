@@ -78,7 +78,7 @@ class Engine:
     def start(self) -> None:
         """Warms up, then gives the pages to the connector. Once, before the first request."""
         if self.config.warm_up:
-            self.runner.warm_up(self.config.max_batch_tokens)
+            self.runner.warm_up(min(self.config.max_batch_tokens, self.max_context - 1))
         self.transfers.register_pages(self.runner.pages)
 
     def add_request(self, message: AddRequest) -> None:

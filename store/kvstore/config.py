@@ -80,7 +80,7 @@ def _convert(spec: Field[Any], kind: type, value: object, where: str) -> object:
     except (ConfigError, ValueError, KeyError) as error:
         detail = str(error) if isinstance(error, ConfigError) else f"not a {kind.__name__}"
         raise ConfigError(f"{name}: {value!r}: {detail}") from None
-    raise ConfigError(f"{name}: {value!r} is a {type(value).__name__}; take a {kind.__name__}")
+    raise ConfigError(f"{name}: {value!r} is of type {type(value).__name__}, not {kind.__name__}")
 
 
 def _read_toml(path: Path, known: Sequence[str]) -> dict[str, object]:

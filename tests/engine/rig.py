@@ -51,7 +51,8 @@ class Rig:
         **config: object,
     ) -> None:
         values: dict[str, object] = {"page_tokens": 4, "max_batch_tokens": 16, "max_running": 8}
-        self.config = EngineConfig(model="fake", warm_up=False, **(values | config))  # type: ignore[arg-type]
+        values["warm_up"] = False
+        self.config = EngineConfig(model="fake", **(values | config))  # type: ignore[arg-type]
         self.model = model or FakeModel()
         self.connector = connector
         self.clock = Clock()

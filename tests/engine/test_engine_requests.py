@@ -4,6 +4,7 @@ import time
 
 import pytest
 from kvstore.errors import InvalidArgumentError, KVStoreError, ResourceExhaustedError
+from kvstore_engine.loader import load_model
 
 from tests.engine.fake_connector import FakeConnector
 from tests.engine.fake_model import EOS, greedy
@@ -150,3 +151,19 @@ def test_bookkeeping_of_a_step_is_far_below_a_millisecond_at_batch_32() -> None:
         rig.engine.step()
         best = min(best, rig.engine.counters.schedule_seconds - before)
     assert best < 0.001
+
+
+def test_the_warm_up_stays_within_a_context_shorter_than_a_batch() -> None:
+    loaded = load_model("tiny-random")
+    context = loaded.config.max_context
+    rig = Rig(
+        model=loaded.model,
+        model_config=loaded.config,
+        page_tokens=64,
+        num_pages=context // 64 + 4,
+        max_batch_tokens=2 * context,
+        warm_up=True,
+    )
+    rig.add("a", [1, 2, 3], max_tokens=1)
+    rig.run()
+    assert len(rig.answers["a"].tokens) == 1
