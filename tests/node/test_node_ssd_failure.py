@@ -1,7 +1,10 @@
 """An SSD that fails under a running node: what is acknowledged, what goes on, and who hears."""
 
 import asyncio
+import os
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -134,6 +137,48 @@ async def test_F8_an_index_without_room_heals(make_node: MakeNode) -> None:
     assert node.node.problems() == []
     await node.idle()
     await session.goodbye()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+async def test_F8_a_full_disk_costs_no_block_and_heals(
+    make_node: MakeNode, small_disk: Path
+) -> None:
+    node = make_node(ssd=3 << 20, ssd_dir=str(small_disk / "ssd"))
+    await node.start()
+    session = await RawSession.open(node.address)
+    before = keys_of(8)
+    assert await session.put(before, level=SYNCED) == bytes([SYNCED] * 8)
+    filler = small_disk / "filler"
+    seed, levels = 2, {SYNCED}
+    room = os.statvfs(small_disk)
+    filler.write_bytes(bytes(room.f_bavail * room.f_frsize))
+    while levels == {SYNCED}:  # the index has some free pages of its own
+        assert seed < 40, "the index never had no room"
+        levels = set(await session.put(keys_of(4, seed), level=SYNCED))
+        seed += 1
+    assert levels == {MEMORY}
+    assert "no room" in node.node.problems()[0]
+    assert node.node.driver.ssd is not None
+    assert not node.node.driver.ssd.failed
+    forget_dram(node)
+    assert (await session.check(before)).granted == 8
+    filler.unlink()
+    assert await session.put(keys_of(4, 1000), level=SYNCED) == bytes([SYNCED] * 4)
+    assert node.node.problems() == []
+    await node.idle()
+    await session.goodbye()
+    await node.stop()
 
 
 async def test_health_and_log_show_it(

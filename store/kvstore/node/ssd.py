@@ -9,11 +9,13 @@ loop, many in one call.
 import asyncio
 import errno
 import logging
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import lmdb
@@ -33,6 +35,7 @@ READ_RUN_BYTES = 2 << 20  # short, so that the first blocks of a prompt are usab
 WRITE_RUN_BYTES = 4 << 20
 GROUP_BYTES = 64 << 20
 GROUP_CHANGES = 16384
+FULL_BYTES = 1 << 20  # a file system with less has no room for an index
 FULL_PAUSE_S = 0.1  # before an index without room is tried again
 
 
@@ -206,7 +209,7 @@ class SsdTier:
             self.index.apply(changes)
             faultpoint("ssd.indexed")
         except (lmdb.Error, OSError) as error:
-            if _is_full(error):
+            if _is_full(error, self.index.path):
                 self._put_off(writes, drops, error)
             else:
                 self._fail(f"index commit: {error}")
@@ -291,10 +294,18 @@ class SsdTier:
             self._reports.drops_done(drops)
 
 
-def _is_full(error: Exception) -> bool:
-    """Whether there was no room on the file system, or in the map, of the index."""
-    full = isinstance(error, lmdb.DiskError | lmdb.MapFullError)
-    return full or getattr(error, "errno", 0) == errno.ENOSPC
+def _is_full(error: Exception, path: Path) -> bool:
+    """Whether there was no room on the file system, or in the map, of the index.
+
+    LMDB takes the short write of a file system that becomes full for EIO. To go on is safe in any
+    case: it has given the transaction up, and itself refuses to go on where that failed.
+    """
+    if isinstance(error, lmdb.DiskError | lmdb.MapFullError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC
+    room = os.statvfs(path)
+    return room.f_bavail * room.f_frsize < FULL_BYTES
 
 
 def _runs(ops: Sequence[OpT], bytes_max: int) -> Iterator[list[OpT]]:
