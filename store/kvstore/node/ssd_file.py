@@ -1,6 +1,7 @@
 """The SSD tier's preallocated data file: slots, moved straight to and from the pool."""
 
 import errno
+import fcntl
 import logging
 import os
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ class SsdFile:
                 if error.errno != errno.EINVAL:
                     raise
                 self._open_buffered()
+            self._lock()
             self._allocate()
         except OSError as error:
             raise ConfigError(f"SSD file {self.path}: {error.strerror}") from None
@@ -43,6 +45,16 @@ class SsdFile:
         log.warning("%s has no O_DIRECT: the SSD tier goes through the page cache", self.path)
         self.direct = False
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def _lock(self) -> None:
+        """One owner, also where two directories have links to one file."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise ConfigError(
+                f"SSD file {self.path} is in use by another node; give each node one of its own"
+            ) from None
 
     def _allocate(self) -> None:
         stat = os.fstat(self._descriptor)
@@ -68,6 +80,7 @@ class SsdFile:
                 raise
             os.close(self._descriptor)
             self._open_buffered()
+            self._lock()
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> None:
         """Fills ``buffers`` from consecutive bytes at ``offset``; OSError if it cannot."""
