@@ -1,6 +1,6 @@
 """Several prompts at once with asyncio: prefetch from SSD, then use blocks as they arrive.
 
-Start `kvstore up --data-dir DIR --ssd 1GiB`, then run this with DIR/node.sock.
+Start `kvstore up`, then run this with the node's address that it prints, `unix:…/node.sock`.
 """
 
 import asyncio
@@ -43,4 +43,4 @@ async def main(address: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(f"unix:{sys.argv[1]}"))
+    asyncio.run(main(sys.argv[1]))

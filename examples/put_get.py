@@ -1,4 +1,4 @@
-"""Put and get numpy arrays: start `kvstore up --data-dir DIR`, then run this with DIR/node.sock."""
+"""Put and get numpy arrays: start `kvstore up`, then run this with the node's address it prints."""
 
 import sys
 
@@ -6,7 +6,7 @@ import numpy as np
 from kvstore_client import CacheSpec, Client
 
 arrays = np.random.default_rng().random((16, 64, 1024))  # 16 blocks of 512 KiB
-with Client.connect(f"unix:{sys.argv[1]}") as client:
+with Client.connect(sys.argv[1]) as client:
     ns = client.open_namespace(CacheSpec.raw("example", block_bytes=arrays[0].nbytes))
     keys = ns.keys(range(16 * 64))  # one for every 64 tokens of a prompt
     print("stored:", ns.put(keys, arrays).stored)
