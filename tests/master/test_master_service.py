@@ -1,6 +1,7 @@
 """Sessions of nodes, Locate and Watch, over real gRPC against fake nodes."""
 
 import asyncio
+import contextlib
 import time
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
@@ -253,3 +254,17 @@ async def test_a_node_limit_or_namespace_limit_costs_memory_only(
     await master.ready_node(dram=keys(0))
     assert await master.found(keys(0)) == 1
     assert not master.cluster.namespaces
+
+
+async def test_I9_a_refusal_right_behind_the_welcome_ends_the_stream(master: Master) -> None:
+    hello = master_pb2.NodeHello(protocol_version=1, node_id="node-x", instance=1)
+    wrong = master_pb2.BlockEvents(root=b"short", tier=DRAM)
+    for _ in range(20):
+        call = master.stub.Session()
+        await call.write(master_pb2.NodeReport(hello=hello))
+        await call.write(master_pb2.NodeReport(delta=wrong))
+        async with asyncio.timeout(5):
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                while await call.read() is not grpc.aio.EOF:
+                    pass
+            assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT

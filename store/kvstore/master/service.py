@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 LOCATE_KEYS_MAX = 131_072
 RESYNCS_MAX = 3
+LAST_WRITE_S = 1.0
 PROBLEMS_MAX = 8  # of one node
 PROBLEM_CHARS_MAX = 1024
 INDEXED_TIERS = (Tier.HBM, Tier.DRAM, Tier.SSD)
@@ -179,5 +180,16 @@ class MasterService(master_pb2_grpc.MasterServicer):
 
 
 async def _write(link: NodeLink, context: Context) -> None:
-    while True:
-        await context.write(await link.outgoing.get())
+    """Writes directives until it is cancelled, which waits for the write that is under way.
+
+    gRPC cannot take a write back, and refuses to end a stream with a status during one.
+    """
+    write: asyncio.Future[None] | None = None
+    try:
+        while True:
+            directive = await link.outgoing.get()
+            write = asyncio.ensure_future(context.write(directive))
+            await asyncio.shield(write)
+    finally:
+        if write is not None:
+            await asyncio.wait({write}, timeout=LAST_WRITE_S)

@@ -30,6 +30,7 @@ PROTOCOL_VERSION = 1
 OUTBOX_PAUSE = 1024  # answers that wait; more, and no further request is read
 OUTBOX_MAX = 65536  # answers that wait; more, and the stream is ended
 HELLO_TIMEOUT_S = 10.0
+LAST_WRITE_S = 1.0
 
 
 class Outbox:
@@ -42,6 +43,7 @@ class Outbox:
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
+        self._stopping = False
 
     def put(self, response: node_pb2.SessionResponse) -> None:
         """Queues an answer."""
@@ -65,13 +67,24 @@ class Outbox:
     async def write_all(self) -> None:
         """Writes what is queued, as long as the stream lives."""
         waiting, write = self._waiting, self._context.write
-        while True:
-            while waiting:
+        while not self._stopping:
+            while waiting and not self._stopping:
                 await write(waiting.popleft())
                 if len(waiting) <= OUTBOX_PAUSE:
                     self._room.set()
             self._wake.clear()
-            await self._wake.wait()
+            if not self._stopping:
+                await self._wake.wait()
+
+    async def stop(self, writer: "asyncio.Task[None]") -> None:
+        """Ends ``write_all`` after the write that is under way.
+
+        gRPC cannot take a write back, and refuses to end a stream with a status during one.
+        """
+        self._stopping = True
+        self._wake.set()
+        await asyncio.wait({writer}, timeout=LAST_WRITE_S)
+        writer.cancel()
 
 
 class Session:
@@ -111,9 +124,9 @@ class Session:
             self._task.uncancel()
             raise self._ended_by from None
         finally:
-            writer.cancel()
             self._node.clients.stream_ended(self._client)
             self._node.session_ended(self._client.engine_id)
+            await self._outbox.stop(writer)
 
     def _end(self, error: KVStoreError) -> None:
         """Ends the stream from this side, with ``error`` as its status."""
