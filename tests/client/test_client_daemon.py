@@ -182,7 +182,7 @@ def test_examples_run(tmp_path: Path, name: str) -> None:
     try:
         big.wait_ready()
         done = subprocess.run(
-            [sys.executable, str(script), str(big.socket)],
+            [sys.executable, str(script), big.address],
             check=False,
             capture_output=True,
             text=True,
