@@ -44,6 +44,7 @@ class Process:
     def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
         self.name = name
         self.log = log
+        self._killed = False
         with log.open("ab") as out:
             self._popen = subprocess.Popen(
                 command,
@@ -61,10 +62,13 @@ class Process:
             raise ClusterError(f"{self.name} ended with exit code {code}; {self.log} ends:\n{tail}")
 
     def kill(self) -> None:
-        """kill -9 of the whole group."""
+        """kill -9 of the whole group; once, for its id may soon be another's."""
+        if self._killed:
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait()
+        self._killed = True
 
     def stop(self) -> None:
         """SIGTERM, and SIGKILL to what is left of the group after a while."""
@@ -85,7 +89,7 @@ class Cluster:
         self.master = f"127.0.0.1:{free_port()}"
         self.node = f"unix:{data}/node.sock"
         self.url = f"http://127.0.0.1:{free_port()}"
-        self._store: Process | None = None
+        self._processes: list[Process] = []  # known before they are ready, so that stop ends all
         self._engine: Process | None = None
 
     def start_store(self) -> None:
@@ -94,8 +98,8 @@ class Cluster:
         command += ["--data-dir", str(self.data), "--dram", "1GiB", "--ssd", "3GiB"]
         command += ["--listen", self.node, "--master-listen", self.master]
         command += ["--metrics-listen", "", "--master-metrics-listen", ""]
-        self._store = Process("kvstore up", command, self.logs / "store.log")
-        self._wait(self._store, lambda: self.status()["nodes_ready"] == 1)
+        store = self._launch("kvstore up", command, self.logs / "store.log")
+        self._wait(store, lambda: self.status()["nodes_ready"] == 1)
 
     def start_engine(self) -> None:
         """A fresh engine process, up to the moment when it is healthy."""
@@ -112,7 +116,7 @@ class Cluster:
                 "kv_connector_extra_config": {"node": self.node},
             }
             command += ["--kv-transfer-config", json.dumps(transfer)]
-        engine = Process(f"kvstore-engine ({name})", command, self.logs / f"{name}.log")
+        engine = self._launch(f"kvstore-engine ({name})", command, self.logs / f"{name}.log")
         self._wait(engine, lambda: httpx.get(f"{url}/health").status_code == 200)
         return engine
 
@@ -124,15 +128,15 @@ class Cluster:
 
     def kill_everything(self) -> None:
         """kill -9 of engine, master and node at once."""
-        for process in (self._engine, self._store):
-            if process:
-                process.kill()
+        for process in reversed(self._processes):
+            process.kill()
+        self._processes.clear()
 
     def stop(self) -> None:
         """Ends all that this object started."""
-        for process in (self._engine, self._store):
-            if process:
-                process.stop()
+        for process in reversed(self._processes):
+            process.stop()
+        self._processes.clear()
 
     def cli(self, *arguments: str) -> str:
         """Output of a `kvstore` command."""
@@ -165,6 +169,11 @@ class Cluster:
         """Evicts the DRAM tier; the blocks stay on SSD."""
         self.wait_persisted()
         self.cli("evict", "--tier", "dram")
+
+    def _launch(self, name: str, command: Sequence[str], log: Path) -> Process:
+        process = Process(name, command, log)
+        self._processes.append(process)
+        return process
 
     @staticmethod
     def _wait(process: Process, ready: Callable[[], bool]) -> None:

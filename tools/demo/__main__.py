@@ -119,7 +119,7 @@ def main() -> int:
         shared = shared_tokens(tokenizer, text)
         write(options.json, options.model, shared, demo.cases, demo.tokens_equal)
     except KeyboardInterrupt:
-        console.print("interrupted; everything that was started is stopped", style="yellow")
+        console.print("interrupted; stopping what was started", style="yellow")
         return 130
     except (ClusterError, KVStoreError, RuntimeError) as error:
         console.print(f"demo failed: {error}", style="red", markup=False)
