@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import mmap
 import os
 import socket
 import subprocess
@@ -40,16 +41,25 @@ KEY_BYTES = 32
 Buffer = npt.NDArray[np.uint8]
 
 
-class Memcpy:
-    """The ceiling: private memory to private memory, 64 MiB in one call.
+def shared_memory(batches: int) -> Buffer:
+    """Memory of the kind that a pool is made of, mapped from the start."""
+    fd = os.memfd_create("kvstore-bench")
+    os.ftruncate(fd, batches * BATCH_BYTES)
+    mapped = mmap.mmap(fd, batches * BATCH_BYTES)
+    os.close(fd)
+    memory: Buffer = np.frombuffer(mapped, dtype=np.uint8).reshape(batches, BATCH_BYTES)
+    memory[:] = 1
+    return memory
 
-    A get's ceiling reads from as many places as a get and writes to one buffer; a put's also
-    writes to as many places as a put.
+
+class Memcpy:
+    """The ceiling: 64 MiB in one call, between private memory and shared memory like the pool's,
+    with as many places on either side as a get or a put has.
     """
 
-    def __init__(self, source: Buffer, targets: int) -> None:
+    def __init__(self, source: Buffer, target: Buffer) -> None:
         self._source = source
-        self._out = np.ones((targets, BATCH_BYTES), dtype=np.uint8)
+        self._out = target
 
     async def one(self, number: int) -> float:
         """One batch."""
@@ -157,7 +167,10 @@ class Blocks:
 async def _copies(client: AsyncClient, rounds: int) -> list[Row]:
     random = np.random.default_rng(os.getpid())
     source = random.integers(0, 256, (BATCHES, BATCH_BYTES), dtype=np.uint8)
-    of_get, of_put = Memcpy(source, 1), Memcpy(source, POOL_BATCHES)
+    pool = shared_memory(POOL_BATCHES)
+    pool[:BATCHES] = source
+    of_get = Memcpy(pool, np.ones((1, BATCH_BYTES), dtype=np.uint8))
+    of_put = Memcpy(source, pool)
     moved = ROUND_BATCHES * BATCH_BYTES
     rows = []
     for size, block_bytes in BLOCK_SIZES.items():

@@ -58,8 +58,9 @@ def _slices(count: int, nbytes: int) -> Iterator[tuple[int, int]]:
 class _Part:
     """One Reserve of a put: keys ``at`` … of the whole."""
 
-    def __init__(self, at: int, write: Write) -> None:
+    def __init__(self, at: int, write: Write, turn: asyncio.Lock) -> None:
         self.at = at
+        self._turn = turn
         self.write = write
         self.commit: PendingCommit | None = None
         write.begin()
@@ -69,9 +70,11 @@ class _Part:
         await self.write.begun()
         full = np.flatnonzero(self.write.statuses == ReserveStatus.FULL)
         usable = int(full[0]) if len(full) else self.write.count
-        for first, some in _slices(usable, self.write.nbytes):
-            self._copy(blocks, first, some)
-            await asyncio.sleep(0)
+        # One part after the other: copied by turns, all would wait for the node at the same time.
+        async with self._turn:
+            for first, some in _slices(usable, self.write.nbytes):
+                self._copy(blocks, first, some)
+                await asyncio.sleep(0)
         chosen = np.flatnonzero(self.write.statuses[:usable] == ReserveStatus.SLOT)
         self.commit = self.write.begin_commit(chosen)
         return not len(full)
@@ -113,7 +116,7 @@ async def put(
     def start(at: int) -> _Part:
         before = joined[32 * at - 32 : 32 * at] if at else parent
         some = joined[32 * at : 32 * (at + size)]
-        return _Part(at, namespace.write(some, before, level, timeout_s))
+        return _Part(at, namespace.write(some, before, level, timeout_s), namespace.copy_turn)
 
     parts: list[_Part] = []
     ahead = deque(range(0, count, size))

@@ -59,6 +59,7 @@ class AsyncClient:
         self._no_holds = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._reconnecting = asyncio.Lock()
+        self.copy_turn = asyncio.Lock()  # of puts, which share this loop's thread
         self._closing = False
 
     @classmethod

@@ -46,6 +46,11 @@ class Namespace:
         self.root = b""
         self._client = client
 
+    @property
+    def copy_turn(self) -> asyncio.Lock:
+        """Whose put copies now, in this client."""
+        return self._client.copy_turn
+
     async def open(self) -> None:
         """Asks the node for the id and the root; the client does it for every new session."""
         opening = node_pb2.OpenNamespace(spec=spec_message(self.spec), tenant=self.tenant)
