@@ -67,6 +67,7 @@ class Link:
         self._lost = asyncio.Event()
         self._attempted = threading.Event()
         self._root_fixed = False
+        self._trouble = ""
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="kvstore-link", daemon=True)
 
@@ -139,7 +140,7 @@ class Link:
                 log.warning("the session with the kvstore node is lost; connecting again")
                 self._counters.add("connector_sessions_lost")
             except KVStoreError as error:
-                log.info("no session with the kvstore node: %s", error)
+                self._report(str(error))
             except Exception:
                 log.exception("no session with the kvstore node")
             self._down()
@@ -164,8 +165,16 @@ class Link:
             )
         self.root = namespace.root
 
+    def _report(self, trouble: str) -> None:
+        """Once, not at each of the attempts that follow."""
+        if trouble != self._trouble:
+            log.warning("no session with the kvstore node, going on without it: %s", trouble)
+        self._trouble = trouble
+
     def _up(self, namespace: Namespace) -> None:
         self.namespace = namespace
+        self._trouble = ""
+        log.info("the session with the kvstore node is open")
         self._counters.add("connector_sessions")
         self._attempted.set()
         self._on_up()

@@ -252,6 +252,7 @@ async def test_a_namespace_is_named_by_its_first_digits(
     code, _, err = await cli("locate", "--tokens", TOKENS)
     assert code == 1
     assert "several namespaces" in err
+    assert f"{ROOT.hex()[:12]} ({SPEC.model})" in err
     code, out, _ = await cli("locate", "--tokens", TOKENS, "--namespace", ROOT.hex()[:10])
     assert (code, "3 leading blocks" in out) == (0, True)
     other = namespace_root(OTHER).hex()

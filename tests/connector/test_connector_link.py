@@ -34,6 +34,29 @@ def test_a_node_that_comes_later_is_used(make_rig: Callable[..., Rig]) -> None:
     assert rig.load(keys).blocks == 4
 
 
+def test_a_node_that_stays_away_is_reported_once(
+    make_rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "BACKOFF_S_MAX", 0.02)
+    monkeypatch.setattr(link, "BACKOFF_S_MIN", 0.02)
+    caplog.set_level("INFO")
+    store = FakeStore(away=True)
+    attempts = 0
+    connect = store.connect
+
+    async def counted(on_lost: Callable[[], None]) -> FakeClient:
+        nonlocal attempts
+        attempts += 1
+        return await connect(on_lost)
+
+    monkeypatch.setattr(store, "connect", counted)
+    rig = make_rig(store=store)
+    wait_until(lambda: attempts >= 3)
+    store.away = False
+    wait_until(lambda: rig.core.connected and "is open" in caplog.text)
+    assert caplog.text.count("going on without it") == 1
+
+
 def test_the_root_is_the_nodes_own(make_rig: Callable[..., Rig]) -> None:
     assert make_rig(store=FakeStore(foreign_root=True)).core.root == bytes(32)
 

@@ -258,8 +258,9 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             return next(iter(self._cluster.namespaces.values()))
         if not self._cluster.namespaces:
             raise NotFoundError("there is no namespace yet: no client has opened one")
-        roots = ", ".join(sorted(root.hex()[:12] for root in self._cluster.namespaces))
-        raise PreconditionError(f"there are several namespaces, name one of them: {roots}")
+        known = sorted(self._cluster.namespaces.items())
+        listed = ", ".join(f"{root.hex()[:12]} ({report.spec.model})" for root, report in known)
+        raise PreconditionError(f"there are several namespaces, name one of them: {listed}")
 
 
 def _wanted(request: admin_pb2.ListBlocksRequest) -> Callable[[Place], bool]:
