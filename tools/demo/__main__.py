@@ -129,7 +129,7 @@ def main() -> int:
         cluster.stop()
         shutil.rmtree(data, ignore_errors=True)
     verdict = "the same in every case" if demo.tokens_equal else "NOT the same in every case"
-    console.print(f"Greedy tokens are {verdict}. Results: {options.json}, logs: {logs}/")
+    console.print(f"Greedy tokens are {verdict}.\nResults: {options.json}, logs: {logs}/")
     return 0 if demo.tokens_equal else 1
 
 

@@ -4,7 +4,6 @@ import time
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +26,12 @@ def source_text(case: Case) -> str:
     """Tokens by tier, such as ``dram 3,968``."""
     parts = [f"{tier} {n:,}" for tier, n in case.tokens_by_tier.items() if n]
     return ", ".join(parts) or "none"
+
+
+def bar_cells(share: float) -> str:
+    """``share`` of BAR_COLUMNS in half cells: at least one, and never more than all."""
+    halves = min(max(round(2 * BAR_COLUMNS * share), 1), 2 * BAR_COLUMNS)
+    return "━" * (halves // 2) + "╸" * (halves % 2)
 
 
 class Screen:
@@ -70,7 +75,13 @@ class Screen:
             )
 
     def _table(self) -> Table:
-        table = Table(title=self._title(), title_justify="left", expand=False)
+        table = Table(
+            title=self._title(),
+            title_justify="left",
+            title_style="bold",
+            box=None,
+            padding=(0, 1),
+        )
         table.add_column("case", no_wrap=True)
         table.add_column("what", no_wrap=True)
         table.add_column("TTFT", justify="right", no_wrap=True)
@@ -92,13 +103,7 @@ class Screen:
         case = self._cases.get(name)
         if case is None:
             return [Text(name, "dim"), Text(WHAT[name], "dim"), "", "", "", ""]
-        bar = ProgressBar(
-            total=cold,
-            completed=case.ttft_s,
-            width=BAR_COLUMNS,
-            complete_style=COLOURS.get(name, "cyan"),
-            finished_style=COLOURS.get(name, "cyan"),
-        )
+        bar = Text(bar_cells(case.ttft_s / cold), COLOURS.get(name, "cyan"))
         faster = "" if name == "cold" else f"{cold / case.ttft_s:.0f} x"
         return [name, WHAT[name], f"{case.ttft_s:.3f} s", bar, faster, source_text(case)]
 
