@@ -142,3 +142,11 @@ async def test_metrics_name_nodes_and_blocks(master: Master) -> None:
         "kvstore_master_watchers 0.0",
     ):
         assert line in text.splitlines(), line
+
+
+async def test_I9_a_master_stopped_before_its_first_check_holds_nothing_against_its_nodes() -> None:
+    members = Membership([], lost_after_s=2.0)
+    link = NodeLink(HELLO, None)
+    members.join(HELLO, link, 0.0)
+    assert members.overdue(60.0) == []
+    assert members.overdue(60.5) == []

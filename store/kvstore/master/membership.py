@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -126,7 +127,7 @@ class Membership:
         self.nodes = {node.node_id: Node(node) for node in known}
         self.lost_total = 0
         self._lost_after_s = lost_after_s
-        self._checked_at: float | None = None
+        self._checked_at = -math.inf  # the first check may come late as well
 
     def join(self, hello: master_pb2.NodeHello, link: NodeLink, now: float) -> Node:
         """Takes a node in as syncing. An older link of the same node must have left before."""
@@ -156,7 +157,7 @@ class Membership:
         Time that this process itself did not run (stopped, or a machine asleep) is not held
         against the nodes: their reports may be waiting to be read.
         """
-        pause = 0.0 if self._checked_at is None else now - self._checked_at
+        pause = now - self._checked_at
         self._checked_at = now
         late = []
         for node in self.connected():
