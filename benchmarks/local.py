@@ -23,12 +23,12 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.harness import Ratio, Row, interleave
 from benchmarks.node_process import running_node
 
-ROUNDS = 30
+ROUNDS = 20
 BATCH_BYTES = 64 << 20
 # Four batches in turn: more than the caches of today's CPUs keep between two uses of one.
 BATCHES = 4
 # One round; the wait for the first answer and the last does not dominate it.
-ROUND_BATCHES = 16
+ROUND_BATCHES = 32
 IN_FLIGHT = 3
 POOL_BATCHES = 8
 BLOCK_SIZES = {"1MiB": 1 << 20, "64KiB": 64 << 10}

@@ -57,6 +57,7 @@ class AsyncClient:
         self._namespaces: dict[tuple[CacheSpec, str], Namespace] = {}
         self._holds: set[object] = set()
         self._no_holds = asyncio.Event()
+        self._settling = False  # somebody waits for the event
         self._loop = asyncio.get_running_loop()
         self._reconnecting = asyncio.Lock()
         self.copy_turn = asyncio.Lock()  # of puts, which share this loop's thread
@@ -140,7 +141,7 @@ class AsyncClient:
 
         def let_go() -> None:
             self._holds.discard(token)
-            if not self._holds and not self._loop.is_closed():
+            if self._settling and not self._holds:
                 self._loop.call_soon_threadsafe(self._no_holds.set)
 
         return let_go
@@ -174,7 +175,11 @@ class AsyncClient:
         limit = self.timeout_s if timeout_s is None else timeout_s
         async with self._reconnecting:
             if self.closed:
-                await self._wait_until_settled(limit)
+                self._settling = True
+                try:
+                    await self._wait_until_settled(limit)
+                finally:
+                    self._settling = False
                 await self.session.close(goodbye=False)
                 await self._open()
 

@@ -121,7 +121,7 @@ class Session:
         """``call`` for who wants to do something else meanwhile; cancel what is not awaited."""
         answer = Answer(self._loop)
         request.id = self.expect(answer)
-        timer = self._loop.call_later(timeout_s, answer.on_error, self.timed_out(timeout_s))
+        timer = self._loop.call_later(timeout_s, self._time_out, answer, timeout_s)
 
         def done(_: object) -> None:
             timer.cancel()
@@ -131,9 +131,10 @@ class Session:
         self.post(request)
         return answer.future
 
-    def timed_out(self, timeout_s: float) -> DeadlineError:
-        """The error of a call that was not answered."""
-        return DeadlineError(f"the node at {self.address} did not answer within {timeout_s:g} s")
+    def _time_out(self, answer: Answer, timeout_s: float) -> None:
+        answer.on_error(
+            DeadlineError(f"the node at {self.address} did not answer within {timeout_s:g} s")
+        )
 
     def expect(self, receiver: Receiver) -> int:
         """An id whose answers go to ``receiver`` until ``forget``."""

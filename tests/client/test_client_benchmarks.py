@@ -60,11 +60,11 @@ def test_a_benchmark_that_cannot_go_on_says_why(
 
     monkeypatch.setattr(sys, "argv", ["benchmarks", "local", "--json", str(tmp_path / "x")])
     monkeypatch.setattr(local, "run", fails)
-    with pytest.raises(SystemExit, match="no luck in 30 rounds"):
+    with pytest.raises(SystemExit, match="no luck in 20 rounds"):
         command.main()
     monkeypatch.setattr(local, "run", lambda rounds: [Row("x", float(rounds), "s")])
     command.main()
-    assert json.loads((tmp_path / "x").read_text())["rows"][0]["value"] == 30.0
+    assert json.loads((tmp_path / "x").read_text())["rows"][0]["value"] == 20.0
 
 
 def test_the_local_benchmark_runs(monkeypatch: pytest.MonkeyPatch) -> None:
