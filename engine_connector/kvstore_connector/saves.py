@@ -174,13 +174,14 @@ class Saves:
 
     async def _linger(self) -> None:
         """Lets more blocks come: every batch costs node and client the same, however small."""
-        self._hurry.clear()
         with self._changed:
             if self._blocks >= self._batch_blocks_max:
                 return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._linger_s):
                 await self._hurry.wait()
+        # Not before the wait: a flush may have asked before this ran.
+        self._hurry.clear()
 
     async def _run(self) -> None:
         await self._linger()

@@ -42,9 +42,8 @@ STOP_TIMEOUT_S = 5.0
 STDERR = 2  # stdout is for the line that says ready
 
 
-# Iterations, some 30 us: as fast as libgomp's own 300,000 (1 ms and more) where the cores are free.
-# Where they are shared, a thread that waits at a barrier must give its core to whoever has work:
-# the other compute thread, the store. With the default a busy neighbour costs a factor of 10 to 30.
+# Iterations; libgomp's own 300,000 keep the core of a waiting thread from whoever has work, such as
+# the thread that it waits for: docs/decisions/0001-openmp-spinning.md has the figures.
 OPENMP_SPINS = "10000"
 
 
