@@ -7,7 +7,7 @@ import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,29 @@ from kvstore_client.wire import Keys
 from kvstore_client.writing import Indices, Write
 
 ResultT = TypeVar("ResultT")
+
+
+class _Call(Generic[ResultT]):
+    """Work that can be cancelled even if the caller was interrupted while it handed it over."""
+
+    def __init__(self, work: Coroutine[Any, Any, ResultT]) -> None:
+        self._work = work
+        self._task: asyncio.Task[Any] | None = None
+        self._cancelled = False
+
+    async def run(self) -> ResultT:
+        """The result of the work."""
+        if self._cancelled:
+            self._work.close()
+            raise asyncio.CancelledError
+        self._task = asyncio.current_task()
+        return await self._work
+
+    def cancel(self) -> None:
+        """Cancels it, begun or not; nothing if it has ended. On the loop."""
+        self._cancelled = True
+        if self._task is not None:
+            self._task.cancel()
 
 
 class LoopThread:
@@ -47,11 +70,11 @@ class LoopThread:
         if self.stopped:
             work.close()
             raise UnavailableError("this client is closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        call = _Call(work)
         try:
-            return future.result()
+            return asyncio.run_coroutine_threadsafe(call.run(), self._loop).result()
         except BaseException:
-            future.cancel()
+            self._loop.call_soon_threadsafe(call.cancel)
             raise
 
     def stop(self) -> None:
