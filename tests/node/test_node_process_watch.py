@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from kvstore.node.process_watch import ProcessWatch, Sight, own_pid_namespace, start_ticks
+from kvstore.core.clients import Sight
+from kvstore.node.process_watch import ProcessWatch, own_pid_namespace, start_ticks
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 
 from kvstore_proto import node_pb2
 
+from kvstore.core.clients import ClientSession, ClientSessions, Sight
 from kvstore.errors import (
     InvalidArgumentError,
     KVStoreError,
     PreconditionError,
-    ResourceExhaustedError,
     UnavailableError,
 )
 from kvstore.node.driver import Driver, ReplySink
-from kvstore.node.process_watch import ProcessWatch, Sight
+from kvstore.node.process_watch import ProcessWatch
 
 log = logging.getLogger(__name__)
 
@@ -24,41 +24,34 @@ NAME_CHARS_MAX = 256
 
 
 @dataclass(eq=False)
-class Client:
-    """One session of one client process."""
+class Client(ClientSession):
+    """One session of one client process, its stream, and the watch over the process."""
 
-    id: int
-    client_id: str
-    name: str
-    engine_id: str
-    end_stream: Callable[[KVStoreError], None]
+    name: str = ""
+    engine_id: str = ""
+    end_stream: Callable[[KVStoreError], None] = field(default=lambda _error: None, repr=False)
     watch: ProcessWatch | None = None
-    lost: bool = False  # the stream has ended without a Goodbye
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
 class Clients:
-    """All sessions from their Hello until nothing that they held can be in use any more.
-
-    After its stream, a session holds its space until the process is gone as well; where the
-    process cannot be seen, for ``quarantine_s``. A client that says it is settled ends that wait.
-    """
+    """Gives the sessions their streams, process watches and timers; ClientSessions decides."""
 
     def __init__(self, driver: Driver, *, quarantine_s: float, sessions_max: int) -> None:
         self._driver = driver
-        self._quarantine_s = quarantine_s
-        self._sessions_max = sessions_max
         self._ids = itertools.count(1)
-        self._clients: dict[int, Client] = {}
+        self._sessions: ClientSessions[Client] = ClientSessions(
+            driver.core, quarantine_s=quarantine_s, sessions_max=sessions_max
+        )
 
     @property
     def open_count(self) -> int:
         """Sessions whose stream is open."""
-        return sum(not client.lost for client in self._clients.values())
+        return self._sessions.open_count
 
     def has_engine(self, engine_id: str) -> bool:
         """Whether a session of this engine is open."""
-        return any(c.engine_id == engine_id and not c.lost for c in self._clients.values())
+        return any(c.engine_id == engine_id and not c.lost for c in self._sessions.all())
 
     def admit(
         self, hello: node_pb2.Hello, sink: ReplySink, end_stream: Callable[[KVStoreError], None]
@@ -71,17 +64,18 @@ class Clients:
                 f"Hello needs a client_id, and names of at most {NAME_CHARS_MAX} characters"
             )
         if hello.settled:
-            for client in [c for c in self._clients.values() if c.client_id == hello.client_id]:
-                self.settle(client)
-                if not client.lost:
-                    client.end_stream(PreconditionError("this client says it is settled elsewhere"))
-        if self.open_count >= self._sessions_max:
-            raise ResourceExhaustedError(
-                f"{self._sessions_max} sessions are open; close some, or raise sessions_max"
-            )
-        client = Client(next(self._ids), hello.client_id, hello.name, hello.engine_id, end_stream)
-        self._driver.core.open_session(client.id)
-        self._clients[client.id] = client
+            for older in self._sessions.of_client(hello.client_id):
+                self.settle(older)
+                if not older.lost:
+                    older.end_stream(PreconditionError("this client says it is settled elsewhere"))
+        client = Client(
+            next(self._ids),
+            hello.client_id,
+            name=hello.name,
+            engine_id=hello.engine_id,
+            end_stream=end_stream,
+        )
+        self._sessions.open(client)
         client.watch = ProcessWatch(
             hello.pid,
             hello.pid_namespace,
@@ -94,19 +88,17 @@ class Clients:
 
     def stream_ended(self, client: Client) -> None:
         """The stream is over and no Goodbye was said: waits for the process to end."""
-        if client.id not in self._clients:
+        if not self._sessions.holds(client):
             return
-        client.lost = True
-        self._driver.sinks.pop(client.id, None)
         sight = client.watch.sight if client.watch else Sight.UNSEEN
-        if sight is Sight.GONE:
-            self.settle(client)
-            return
-        self._driver.apply(self._driver.core.session_quarantined(client.id, self._driver.now()))
+        self._driver.sinks.pop(client.id, None)
+        self._driver.apply(self._sessions.stream_ended(client, sight, self._driver.now()))
         log.info("client %s (%s) lost its stream, process %s", *_label(client), sight.value)
-        if sight is Sight.UNSEEN:
+        if client.settles_at is not None:
             loop = asyncio.get_running_loop()
-            client.timer = loop.call_later(self._quarantine_s, self.settle, client)
+            client.timer = loop.call_at(client.settles_at, self.settle, client)
+        elif not self._sessions.holds(client):
+            self._forget(client)
 
     def goodbye(self, client: Client) -> None:
         """The client said that it holds nothing any more."""
@@ -114,28 +106,28 @@ class Clients:
 
     def settle(self, client: Client) -> None:
         """Nothing that the session held is in use: all of it is free at once."""
-        if self._clients.pop(client.id, None) is None:
+        if not self._sessions.holds(client):
             return
         self._driver.sinks.pop(client.id, None)
         self._forget(client)
-        self._driver.apply(self._driver.core.session_settled(client.id, self._driver.now()))
+        self._driver.apply(self._sessions.settle(client, self._driver.now()))
         log.info("client %s (%s) is settled", *_label(client))
 
     def end_all(self) -> None:
         """The node is about to stop: ends every stream."""
-        for client in self._clients.values():
+        for client in self._sessions.all():
             if not client.lost:
                 client.end_stream(UnavailableError("the node is stopping"))
 
     def close(self) -> None:
         """Watches no process any more."""
-        for client in self._clients.values():
+        for client in self._sessions.all():
             self._forget(client)
 
     def _process_ended(self, client: Client) -> None:
-        # Its stream may live on in a child that shares the mapping, and then waits for its end.
-        if client.lost:
-            self.settle(client)
+        self._driver.apply(self._sessions.process_ended(client, self._driver.now()))
+        if not self._sessions.holds(client):
+            self._forget(client)
 
     @staticmethod
     def _forget(client: Client) -> None:

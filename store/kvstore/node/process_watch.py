@@ -3,16 +3,9 @@
 import asyncio
 import os
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 
-
-class Sight(Enum):
-    """What the node can see of a client's process."""
-
-    ALIVE = "alive"
-    GONE = "gone"
-    UNSEEN = "unseen"  # another PID namespace, or /proc is closed to us
+from kvstore.core.clients import Sight
 
 
 def own_pid_namespace() -> int:
