@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from kvstore.core.types import EndReason
-from kvstore.errors import InternalError, KVStoreError, UnavailableError
+from kvstore.errors import InternalError, KVStoreError, PreconditionError, UnavailableError
 from kvstore_proto import node_pb2
 
 from kvstore_client.copying import Blocks, gather, slot_bytes
@@ -21,7 +21,8 @@ from kvstore_client.views import SlotViews
 class Lease:
     """Blocks that stay where they are until they are released.
 
-    ``granted`` grows while blocks arrive from slower tiers, until ``reason`` says why it ended.
+    ``granted`` grows while blocks arrive from slower tiers, until ``reason`` says why it ended;
+    blocks that were released before they came are passed over, and have no slot.
     ``sources`` has for each granted block the tier where it was when it was asked for. When the
     session is lost the pins are in doubt: ``still_valid`` tells after a copy whether it is good.
 
@@ -87,8 +88,9 @@ class Lease:
     def still_valid(self, first: int = 0, count: int | None = None) -> bool:
         """Whether the slots still hold what was granted. Ask after the copy, not before."""
         end = self.granted if count is None else first + count
-        now = self._mapping.directory.generations_at(self.offsets[first:end])
-        return bool(np.array_equal(now, self.generations[first:end]))
+        came = self.offsets[first:end] >= 0
+        now = self._mapping.directory.generations_at(self.offsets[first:end][came])
+        return bool(np.array_equal(now, self.generations[first:end][came]))
 
     def copy_into(self, out: Any, first: int = 0, count: int | None = None) -> int:
         """Copies granted blocks to ``out`` (one buffer, or a list of one buffer a block).
@@ -99,6 +101,8 @@ class Lease:
         end = self.granted if count is None else first + count
         if first < end:
             self.blocks.bytes_at(end - 1)
+        if self._released[first:end].any():
+            raise PreconditionError(f"blocks {first} to {end - 1} are partly released: copy before")
         targets = Blocks(out, end - first, self.block_bytes, write=True)
         if targets.each is None:
             gather(self._mapping.pool, self.offsets[first:end], self.block_bytes, targets.whole)
@@ -112,7 +116,7 @@ class Lease:
     def release(self, first: int = 0, count: int = 0) -> None:
         """Unpins ``count`` blocks, or with 0 all from ``first`` on. Needs no answer.
 
-        Before the end, blocks in the range that have not come are cancelled.
+        Blocks in the range that have not come are given up, and those behind it still come.
         """
         end = self.count if count == 0 else first + count
         if self._closed is None or first >= end:
@@ -120,8 +124,8 @@ class Lease:
         release = node_pb2.Release(acquire_id=self.id, first=first, count=end - first)
         if (first, end) == (0, self.count):
             release.count = 0
+        self._released[first:end] = True  # before the answer can show the gap
         self._session.post(node_pb2.SessionRequest(id=self._session.next_id(), release=release))
-        self._released[first:end] = True
         if self._released[: self.granted if self.ended else self.count].all():
             self._close()
 
@@ -149,7 +153,8 @@ class Lease:
         first = self.granted
         for run in granted.runs:
             end = run.first + run.count
-            if run.first != self.granted or end > self.count:
+            gap = self._released[self.granted : run.first]
+            if run.first < self.granted or end > self.count or not gap.all():
                 self._fail(f"run {run.first}+{run.count} after block {self.granted}")
                 return
             last = run.offset + (run.count - 1) * run.stride
@@ -159,10 +164,11 @@ class Lease:
             self.offsets[run.first : end] = run.offset + run.stride * np.arange(run.count)
             self.sources[run.first : end] = run.source
             self.granted = end
-        if len(granted.generations) != 4 * (self.granted - first):
+        came = np.flatnonzero(self.offsets[first : self.granted] >= 0)
+        if len(granted.generations) != 4 * len(came):
             self._fail(f"{len(granted.generations)} bytes of generations")
             return
-        self.generations[first : self.granted] = np.frombuffer(granted.generations, dtype="<u4")
+        self.generations[first + came] = np.frombuffer(granted.generations, dtype="<u4")
         self.blocks.grow(self.granted)
         if self.granted == self.count:
             self._end(EndReason.COMPLETE)  # the End that follows says nothing new

@@ -449,7 +449,9 @@ Global___End: _TypeAlias = End  # noqa: Y015
 
 @_typing.final
 class Release(_message.Message):
-    """Unpins blocks of an Acquire; before its End it also cancels what is still to come.
+    """Unpins blocks of an Acquire, these and no others. Those that were not granted yet are passed
+    over: the runs that follow have a gap there, and the chain goes on behind it. Once nothing is
+    left to come, End follows, with RELEASED if the last of the blocks was released before it came.
     Not answered.
     """
 
@@ -463,7 +465,7 @@ class Release(_message.Message):
     first: _builtins.int
     """index into its keys"""
     count: _builtins.int
-    """blocks; 0: all that are still held"""
+    """blocks; 0: all from first on"""
     def __init__(
         self,
         *,

@@ -106,15 +106,20 @@ class Acquires:
         return np.where(in_dram, np.uint8(Tier.DRAM), np.uint8(Tier.SSD)).tobytes()
 
     def release(self, session: Session, acquire_id: int, first: int, count: int) -> None:
-        """Unpins a range; what was not granted yet is cancelled with it."""
+        """Unpins a range; of what was not granted yet, this range alone never will be."""
         lease = session.leases.get(acquire_id)
         if lease is None:
             self.blocks.count("releases_of_nothing")
             return
         last = first + count if count else len(lease.rows)
-        if not lease.ended and (last > lease.granted or not count):
-            self._end(lease, EndReason.RELEASED)
         self._let_go(session, lease, slice(first, last))
+        if lease.ended or lease.held[lease.granted]:
+            return
+        if lease.held[lease.granted :].any():
+            self._leave_waiters(lease)
+            self._advance(lease)
+        else:
+            self._end(lease, EndReason.RELEASED)
 
     def let_all_go(self, session: Session) -> None:
         """The session ended: every pin of it."""
@@ -190,13 +195,13 @@ class Acquires:
 
     def _advance(self, lease: Lease) -> None:
         table = self.blocks.table
-        ahead = lease.rows[lease.granted :]
-        live = table.dram_state[ahead] == DramState.LIVE
-        count = len(ahead) if live.all() else int(np.argmin(live))
+        ahead, wanted = lease.rows[lease.granted :], lease.held[lease.granted :]
+        passed = (table.dram_state[ahead] == DramState.LIVE) | ~wanted
+        count = len(ahead) if passed.all() else int(np.argmin(passed))
         if count:
             self._grant(lease, count)
         if lease.granted == len(lease.rows):
-            self._end(lease, lease.reason)
+            self._end(lease, lease.reason if wanted.all() else EndReason.RELEASED)
             return
         row = int(ahead[count])
         if table.ssd_state[row] == SsdState.LIVE and table.dram_state[row] != DramState.DEAD:
@@ -208,34 +213,41 @@ class Acquires:
         first = lease.granted
         lease.granted += count
         lease.starved = False
-        offsets = self.blocks.table.dram_offset[lease.rows[first : lease.granted]]
-        sources = lease.sources[first : lease.granted]
-        runs = slot_runs(
-            offsets, np.arange(first, lease.granted), sources, lease.namespace.slot_bytes
-        )
+        indices = first + np.flatnonzero(lease.held[first : lease.granted])
+        if not len(indices):
+            return
+        lease.answered += len(indices)
+        offsets = self.blocks.table.dram_offset[lease.rows[indices]]
+        sources = lease.sources[indices]
+        runs = slot_runs(offsets, indices, sources, lease.namespace.slot_bytes)
         generations = self.blocks.directory.generations_at(offsets).tobytes()
         self._reply(lease, Granted(runs, generations))
         from_dram = int((sources == Tier.DRAM).sum())
         self.blocks.count("granted_dram_blocks", from_dram)
-        self.blocks.count("granted_ssd_blocks", count - from_dram)
+        self.blocks.count("granted_ssd_blocks", len(indices) - from_dram)
 
     def _end(self, lease: Lease, reason: EndReason) -> None:
         """The last answer; pins of what was not granted go."""
         session = self.waiting.pop(lease)
         lease.ended = True
         if lease.granted < len(lease.rows):
-            waiters = self._waiters.get(int(lease.rows[lease.granted]), [])
-            if lease in waiters:
-                waiters.remove(lease)
-                if not waiters:
-                    del self._waiters[int(lease.rows[lease.granted])]
+            self._leave_waiters(lease)
             self._let_go(session, lease, slice(lease.granted, None), keep=True)
             lease.rows = lease.rows[: lease.granted]
             lease.held = lease.held[: lease.granted]
-        self._reply(lease, End(lease.granted, reason))
+        self._reply(lease, End(lease.answered, reason))
         self.blocks.count(f"acquire_end_{reason.name.lower()}")
         if not lease.held.any():
             session.leases.pop(lease.request_id, None)
+
+    def _leave_waiters(self, lease: Lease) -> None:
+        """It does not wait for its next row any more, if it did."""
+        row = int(lease.rows[lease.granted])
+        waiters = self._waiters.get(row, [])
+        if lease in waiters:
+            waiters.remove(lease)
+            if not waiters:
+                del self._waiters[row]
 
     def _let_go(self, session: Session, lease: Lease, part: slice, *, keep: bool = False) -> None:
         blocks, table = self.blocks, self.blocks.table
@@ -257,7 +269,7 @@ class Acquires:
     def _read_ahead(self, lease: Lease) -> bool:
         """Starts reads for a lease; False if DRAM has no slot for them."""
         table = self.blocks.table
-        ahead = lease.rows[lease.granted :]
+        ahead = lease.rows[lease.granted :][lease.held[lease.granted :]]
         rows = ahead[
             (table.dram_state[ahead] == DramState.NONE) & (table.ssd_state[ahead] == SsdState.LIVE)
         ][: self.transfers.read_room]

@@ -14,7 +14,8 @@ class Lease:
     """The pins of one Acquire.
 
     ``rows`` are the leading blocks that were held when it was asked for, each pinned once until
-    it is released; those before ``granted`` are in DRAM and known to the client.
+    it is released; those before ``granted`` are in DRAM and known to the client, except what it
+    released before they came: that is passed over.
     """
 
     session_id: int
@@ -26,6 +27,7 @@ class Lease:
     deadline: float
     held: Mask = field(init=False)
     granted: int = 0
+    answered: int = 0  # blocks in all Granted together
     ended: bool = False
     starved: bool = False  # its next block waits for a DRAM slot
 
