@@ -105,7 +105,7 @@ async def test_damaged_records(keys: list[bytes], folder: Path) -> None:
         txn.put(keys[-1], b"too short")
         txn.put(keys[-2], record_of_last._replace(ssd_offset=1 << 50).encode())
         txn.put(b"k" * 32, good._replace(key=b"k" * 32, sequence=0).encode())
-        txn.put(b"f" * 32, good._replace(nbytes=4096).encode())
+        txn.put(b"f" * 32, good._replace(key=b"f" * 32, nbytes=4096).encode())
 
     record_of_last = record_of(folder, keys[-2])
     edit(folder, b"blocks", damage)
@@ -203,7 +203,7 @@ async def test_an_index_that_cannot_be_opened(keys: list[bytes], folder: Path) -
         run(folder)
 
 
-@pytest.mark.parametrize(("version", "age"), [(b"0", "older"), (b"2", "newer"), (None, "older")])
+@pytest.mark.parametrize(("version", "age"), [(b"1", "older"), (b"3", "newer"), (None, "older")])
 async def test_another_format_version_is_left_alone(
     keys: list[bytes], folder: Path, version: bytes | None, age: str
 ) -> None:
@@ -216,7 +216,7 @@ async def test_another_format_version_is_left_alone(
     edit(folder, b"meta", change)
     shown = version.decode() if version else "unknown"
     for repair in (False, True):
-        with pytest.raises(ConfigError, match=f"format version {shown}, .* version 1: .* {age}"):
+        with pytest.raises(ConfigError, match=f"format version {shown}, .* version 2: .* {age}"):
             run(folder, repair=repair)
 
 

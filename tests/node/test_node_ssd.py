@@ -324,7 +324,7 @@ def test_index_belongs_to_one_node_and_format(tmp_path: Path) -> None:
     with env.begin(write=True, db=env.open_db(b"meta")) as txn:
         txn.put(b"format_version", b"99")
     env.close()
-    with pytest.raises(ConfigError, match=r"format version 99.*reads version 1.*newer"):
+    with pytest.raises(ConfigError, match=r"format version 99.*reads version 2.*newer"):
         SsdIndex(tmp_path, CAPACITY // PAGE, "node-1")
 
 

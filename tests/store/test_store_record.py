@@ -3,10 +3,17 @@
 import contextlib
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from kvstore.core.effects import Effects, ReadSsd
-from kvstore.core.ssd_record import HEAD_BYTES, ONE_SHARD_BYTES, SsdRecord, decode_many
+from kvstore.core.ssd_record import (
+    HEAD_BYTES,
+    ONE_SHARD_BYTES,
+    PROOF_BYTES,
+    SsdRecord,
+    decode_many,
+)
 from kvstore.errors import CorruptError
 
 from tests.store.rig import chain
@@ -22,7 +29,7 @@ def record(i: int, shards: int = 1) -> SsdRecord:
 @pytest.mark.parametrize("shards", [1, 2, 256])
 def test_record_comes_back(shards: int) -> None:
     value = record(3, shards).encode()
-    assert len(value) == HEAD_BYTES + 8 * shards
+    assert len(value) == HEAD_BYTES + 8 * shards + PROOF_BYTES
     assert SsdRecord.decode(KEYS[3], value) == record(3, shards)
 
 
@@ -43,7 +50,38 @@ def test_I11_entries_that_are_no_records_are_left_out() -> None:
     assert usable.tolist() == [True, True, False, False, False, False]
     odd = bytearray(good)
     odd[HEAD_BYTES - 8] = 2
-    assert not decode_many(KEYS[:1], [bytes(odd)])[1].any()
+    assert not decode_many(KEYS[1:2], [reproved(KEYS[1], bytes(odd))])[1].any()
+
+
+def reproved(key: bytes, value: bytes) -> bytes:
+    """The value with the checksum that belongs to its other bytes."""
+    body = value[:-PROOF_BYTES]
+    return body + xxhash.xxh3_64_intdigest(key + body).to_bytes(PROOF_BYTES, "little")
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_I1_a_changed_record_is_refused_or_proves_other_bytes(shards: int) -> None:
+    good = record(3, shards)
+    value = good.encode()
+    for at in range(len(value)):
+        changed = value[:at] + bytes([value[at] ^ 0x11]) + value[at + 1 :]
+        with pytest.raises(CorruptError):
+            SsdRecord.decode(KEYS[3], changed)
+        assert not decode_many(KEYS[3:4], [changed])[1].any()
+        with contextlib.suppress(CorruptError):
+            lie = SsdRecord.decode(KEYS[3], reproved(KEYS[3], changed))
+            names_other_bytes = (lie.root, lie.nbytes) != (good.root, good.nbytes)
+            assert not names_other_bytes or lie.checksums != good.checksums
+
+
+def test_I1_a_record_under_another_key_proves_nothing() -> None:
+    value = record(3).encode()
+    with pytest.raises(CorruptError, match="another key"):
+        SsdRecord.decode(KEYS[4], value)
+    assert not decode_many(KEYS[4:5], [value])[1].any()
+    moved = SsdRecord.decode(KEYS[4], reproved(KEYS[4], value))
+    assert moved.checksums != record(3).checksums
+    assert decode_many(KEYS[4:5], [reproved(KEYS[4], value)])[0] == [moved]
 
 
 @given(st.binary(max_size=2 * ONE_SHARD_BYTES))

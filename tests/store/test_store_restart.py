@@ -49,13 +49,13 @@ def test_I8_damaged_records_are_refused(tiers: Rig) -> None:
     tiers.settle()
     good = SsdRecord.decode(A[0], tiers.disk.index[A[0]])
     index = tiers.disk.index
-    index[B[0]] = good._replace(ssd_offset=5 * BLOCK + 1).encode()
-    index[B[1]] = good._replace(ssd_offset=1 << 40).encode()
-    index[B[2]] = good._replace(nbytes=0, root=bytes(32)).encode()
-    index[B[3]] = good._replace(nbytes=3 * BLOCK, ssd_offset=9 * BLOCK).encode()
-    index[B[4]] = good._replace(sequence=0).encode()  # an older block in the same slot
-    index[C[0]] = good._replace(ssd_offset=20 * BLOCK, parent=C[1]).encode()
-    index[C[1]] = good._replace(ssd_offset=21 * BLOCK, parent=C[0]).encode()
+    index[B[0]] = good._replace(key=B[0], ssd_offset=5 * BLOCK + 1).encode()
+    index[B[1]] = good._replace(key=B[1], ssd_offset=1 << 40).encode()
+    index[B[2]] = good._replace(key=B[2], nbytes=0, root=bytes(32)).encode()
+    index[B[3]] = good._replace(key=B[3], nbytes=3 * BLOCK, ssd_offset=9 * BLOCK).encode()
+    index[B[4]] = good._replace(key=B[4], sequence=0).encode()  # an older block in the same slot
+    index[C[0]] = good._replace(key=C[0], ssd_offset=20 * BLOCK, parent=C[1]).encode()
+    index[C[1]] = good._replace(key=C[1], ssd_offset=21 * BLOCK, parent=C[0]).encode()
     again = restart(tiers)
     assert {op.key for op in again.disk.drops} == set(B[:5])
     again.settle()

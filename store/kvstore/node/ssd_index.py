@@ -14,7 +14,7 @@ from kvstore.errors import ConfigError, CorruptError
 log = logging.getLogger(__name__)
 
 INDEX_NAME = "index"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAP_BYTES_MIN = 256 << 20
 ENTRY_BYTES = 1024  # of map for each block: several records, for copy-on-write
 _FORMAT_KEY = b"format_version"
