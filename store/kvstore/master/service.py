@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, AsyncIterator
 from typing import Any
 
 import grpc
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 LOCATE_KEYS_MAX = 131_072
 RESYNCS_MAX = 3
+HELLO_TIMEOUT_S = 10.0
 LAST_WRITE_S = 1.0
 PROBLEMS_MAX = 8  # of one node
 PROBLEM_CHARS_MAX = 1024
@@ -48,13 +49,10 @@ class MasterService(master_pb2_grpc.MasterServicer):
     ) -> None:
         """One node, from its hello to the end of its stream."""
         reports = aiter(request_iterator)
-        first = await anext(reports, None)
-        if first is None or first.WhichOneof("report") != "hello":
-            raise PreconditionError("the first report of a session must be hello")
-        check_hello(first.hello)
-        link = NodeLink(first.hello, asyncio.current_task())
-        node = await self._cluster.join(first.hello, link)
-        writer = asyncio.create_task(_write(link, context))
+        hello = await _hello(reports)
+        link = NodeLink(hello, asyncio.current_task())
+        node = await self._cluster.join(hello, link)
+        writer = asyncio.create_task(_write(self._cluster, link, context))
         try:
             async for report in reports:
                 await self._take(node, link, report)
@@ -179,15 +177,30 @@ class MasterService(master_pb2_grpc.MasterServicer):
                 await context.write(await watcher.next())
 
 
-async def _write(link: NodeLink, context: Context) -> None:
-    """Writes directives until it is cancelled, which waits for the write that is under way.
+async def _hello(reports: AsyncIterator[master_pb2.NodeReport]) -> master_pb2.NodeHello:
+    """The first report of a session; PreconditionError unless it is a hello, and comes soon."""
+    try:
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
+            first = await anext(reports, None)
+    except TimeoutError:
+        raise PreconditionError(f"no hello within {HELLO_TIMEOUT_S:g} s") from None
+    if first is None or first.WhichOneof("report") != "hello":
+        raise PreconditionError("the first report of a session must be hello")
+    check_hello(first.hello)
+    return first.hello
 
-    gRPC cannot take a write back, and refuses to end a stream with a status during one.
+
+async def _write(cluster: Cluster, link: NodeLink, context: Context) -> None:
+    """Writes directives, each under the master's epoch, until it is cancelled.
+
+    Then it waits for the write that is under way: gRPC cannot take one back, and refuses to end a
+    stream with a status during it.
     """
     write: asyncio.Future[None] | None = None
     try:
         while True:
             directive = await link.outgoing.get()
+            directive.cluster_epoch = cluster.epoch
             write = asyncio.ensure_future(context.write(directive))
             await asyncio.shield(write)
     finally:
