@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvstore_proto import common_pb2 as kvstore__proto_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvstore_proto/admin.proto\x12\nkvstore.v1\x1a\x1akvstore_proto/common.proto\"\x0f\n\rStatusRequest\"\xfc\x01\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x15\n\rcluster_epoch\x18\x02 \x01(\x04\x12\x10\n\x08uptime_s\x18\x03 \x01(\x04\x12\x16\n\x0eindexed_blocks\x18\x04 \x01(\x04\x12\x13\n\x0bindex_bytes\x18\x05 \x01(\x04\x12\x13\n\x0bnodes_ready\x18\x06 \x01(\r\x12\x12\n\nnodes_lost\x18\x07 \x01(\r\x12$\n\x05tiers\x18\x08 \x03(\x0b\x32\x15.kvstore.v1.TierUsage\x12\x12\n\nnamespaces\x18\t \x01(\r\x12\x0e\n\x06leader\x18\n \x01(\x08\x12\x10\n\x08problems\x18\x0b \x03(\t\"\x12\n\x10ListNodesRequest\"\xbe\x01\n\x08NodeInfo\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08hostname\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x14\n\x0clast_seen_ms\x18\x06 \x01(\x04\x12\x10\n\x08sessions\x18\x07 \x01(\r\x12$\n\x05tiers\x18\x08 \x03(\x0b\x32\x15.kvstore.v1.TierUsage\x12\x10\n\x08problems\x18\t \x03(\t\"8\n\x11ListNodesResponse\x12#\n\x05nodes\x18\x01 \x03(\x0b\x32\x14.kvstore.v1.NodeInfo\"\x17\n\x15ListNamespacesRequest\"b\n\rNamespaceInfo\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12#\n\x04spec\x18\x02 \x01(\x0b\x32\x15.kvstore.v1.CacheSpec\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x04\"G\n\x16ListNamespacesResponse\x12-\n\nnamespaces\x18\x01 \x03(\x0b\x32\x19.kvstore.v1.NamespaceInfo\"p\n\x11ListBlocksRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x1e\n\x04tier\x18\x03 \x01(\x0e\x32\x10.kvstore.v1.Tier\x12\r\n\x05limit\x18\x04 \x01(\r\x12\r\n\x05\x61\x66ter\x18\x05 \x01(\x0c\"y\n\tBlockInfo\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0c\n\x04root\x18\x02 \x01(\x0c\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x1e\n\x04tier\x18\x04 \x01(\x0e\x32\x10.kvstore.v1.Tier\x12\x11\n\tengine_id\x18\x05 \x01(\t\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\"I\n\x12ListBlocksResponse\x12%\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x15.kvstore.v1.BlockInfo\x12\x0c\n\x04next\x18\x02 \x01(\x0c\"G\n\x13LocatePromptRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12\x12\n\ncache_salt\x18\x03 \x01(\t\"\x95\x01\n\x14LocatePromptResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\x12\r\n\x05\x66ound\x18\x02 \x01(\r\x12$\n\x04runs\x18\x03 \x03(\x0b\x32\x16.kvstore.v1.LocatedRun\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\"\n\x03\x65nd\x18\x05 \x01(\x0e\x32\x15.kvstore.v1.EndReason\"j\n\x0c\x45victRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x1e\n\x04tier\x18\x02 \x01(\x0e\x32\x10.kvstore.v1.Tier\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x64rop\x18\x05 \x01(\x08\")\n\x0cPurgeRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0b\n\x03\x61ll\x18\x02 \x01(\x08\"_\n\x0fRemovalResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06pinned\x18\x03 \x01(\x04\x12\r\n\x05nodes\x18\x04 \x01(\r\x12\x0e\n\x06\x65rrors\x18\x05 \x03(\t\"\x10\n\x0eVersionRequest\"<\n\x0fVersionResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r2\xcf\x04\n\x05\x41\x64min\x12?\n\x06Status\x12\x19.kvstore.v1.StatusRequest\x1a\x1a.kvstore.v1.StatusResponse\x12H\n\tListNodes\x12\x1c.kvstore.v1.ListNodesRequest\x1a\x1d.kvstore.v1.ListNodesResponse\x12K\n\nListBlocks\x12\x1d.kvstore.v1.ListBlocksRequest\x1a\x1e.kvstore.v1.ListBlocksResponse\x12W\n\x0eListNamespaces\x12!.kvstore.v1.ListNamespacesRequest\x1a\".kvstore.v1.ListNamespacesResponse\x12Q\n\x0cLocatePrompt\x12\x1f.kvstore.v1.LocatePromptRequest\x1a .kvstore.v1.LocatePromptResponse\x12>\n\x05\x45vict\x12\x18.kvstore.v1.EvictRequest\x1a\x1b.kvstore.v1.RemovalResponse\x12>\n\x05Purge\x12\x18.kvstore.v1.PurgeRequest\x1a\x1b.kvstore.v1.RemovalResponse\x12\x42\n\x07Version\x12\x1a.kvstore.v1.VersionRequest\x1a\x1b.kvstore.v1.VersionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvstore_proto/admin.proto\x12\nkvstore.v1\x1a\x1akvstore_proto/common.proto\"\x0f\n\rStatusRequest\"\xfc\x01\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x15\n\rcluster_epoch\x18\x02 \x01(\x04\x12\x10\n\x08uptime_s\x18\x03 \x01(\x04\x12\x16\n\x0eindexed_blocks\x18\x04 \x01(\x04\x12\x13\n\x0bindex_bytes\x18\x05 \x01(\x04\x12\x13\n\x0bnodes_ready\x18\x06 \x01(\r\x12\x12\n\nnodes_lost\x18\x07 \x01(\r\x12$\n\x05tiers\x18\x08 \x03(\x0b\x32\x15.kvstore.v1.TierUsage\x12\x12\n\nnamespaces\x18\t \x01(\r\x12\x0e\n\x06leader\x18\n \x01(\x08\x12\x10\n\x08problems\x18\x0b \x03(\t\"\x12\n\x10ListNodesRequest\"\xbe\x01\n\x08NodeInfo\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08hostname\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x14\n\x0clast_seen_ms\x18\x06 \x01(\x04\x12\x10\n\x08sessions\x18\x07 \x01(\r\x12$\n\x05tiers\x18\x08 \x03(\x0b\x32\x15.kvstore.v1.TierUsage\x12\x10\n\x08problems\x18\t \x03(\t\"8\n\x11ListNodesResponse\x12#\n\x05nodes\x18\x01 \x03(\x0b\x32\x14.kvstore.v1.NodeInfo\"$\n\x11\x46orgetNodeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"\x14\n\x12\x46orgetNodeResponse\"\x17\n\x15ListNamespacesRequest\"b\n\rNamespaceInfo\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12#\n\x04spec\x18\x02 \x01(\x0b\x32\x15.kvstore.v1.CacheSpec\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x04\"G\n\x16ListNamespacesResponse\x12-\n\nnamespaces\x18\x01 \x03(\x0b\x32\x19.kvstore.v1.NamespaceInfo\"p\n\x11ListBlocksRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x1e\n\x04tier\x18\x03 \x01(\x0e\x32\x10.kvstore.v1.Tier\x12\r\n\x05limit\x18\x04 \x01(\r\x12\r\n\x05\x61\x66ter\x18\x05 \x01(\x0c\"y\n\tBlockInfo\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0c\n\x04root\x18\x02 \x01(\x0c\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x1e\n\x04tier\x18\x04 \x01(\x0e\x32\x10.kvstore.v1.Tier\x12\x11\n\tengine_id\x18\x05 \x01(\t\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\"I\n\x12ListBlocksResponse\x12%\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x15.kvstore.v1.BlockInfo\x12\x0c\n\x04next\x18\x02 \x01(\x0c\"G\n\x13LocatePromptRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12\x12\n\ncache_salt\x18\x03 \x01(\t\"\x95\x01\n\x14LocatePromptResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\x12\r\n\x05\x66ound\x18\x02 \x01(\r\x12$\n\x04runs\x18\x03 \x03(\x0b\x32\x16.kvstore.v1.LocatedRun\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\"\n\x03\x65nd\x18\x05 \x01(\x0e\x32\x15.kvstore.v1.EndReason\"j\n\x0c\x45victRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x1e\n\x04tier\x18\x02 \x01(\x0e\x32\x10.kvstore.v1.Tier\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x64rop\x18\x05 \x01(\x08\")\n\x0cPurgeRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0b\n\x03\x61ll\x18\x02 \x01(\x08\"_\n\x0fRemovalResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06pinned\x18\x03 \x01(\x04\x12\r\n\x05nodes\x18\x04 \x01(\r\x12\x0e\n\x06\x65rrors\x18\x05 \x03(\t\"\x10\n\x0eVersionRequest\"<\n\x0fVersionResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r2\x9c\x05\n\x05\x41\x64min\x12?\n\x06Status\x12\x19.kvstore.v1.StatusRequest\x1a\x1a.kvstore.v1.StatusResponse\x12H\n\tListNodes\x12\x1c.kvstore.v1.ListNodesRequest\x1a\x1d.kvstore.v1.ListNodesResponse\x12K\n\nForgetNode\x12\x1d.kvstore.v1.ForgetNodeRequest\x1a\x1e.kvstore.v1.ForgetNodeResponse\x12K\n\nListBlocks\x12\x1d.kvstore.v1.ListBlocksRequest\x1a\x1e.kvstore.v1.ListBlocksResponse\x12W\n\x0eListNamespaces\x12!.kvstore.v1.ListNamespacesRequest\x1a\".kvstore.v1.ListNamespacesResponse\x12Q\n\x0cLocatePrompt\x12\x1f.kvstore.v1.LocatePromptRequest\x1a .kvstore.v1.LocatePromptResponse\x12>\n\x05\x45vict\x12\x18.kvstore.v1.EvictRequest\x1a\x1b.kvstore.v1.RemovalResponse\x12>\n\x05Purge\x12\x18.kvstore.v1.PurgeRequest\x1a\x1b.kvstore.v1.RemovalResponse\x12\x42\n\x07Version\x12\x1a.kvstore.v1.VersionRequest\x1a\x1b.kvstore.v1.VersionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,32 +42,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NODEINFO']._serialized_end=552
   _globals['_LISTNODESRESPONSE']._serialized_start=554
   _globals['_LISTNODESRESPONSE']._serialized_end=610
-  _globals['_LISTNAMESPACESREQUEST']._serialized_start=612
-  _globals['_LISTNAMESPACESREQUEST']._serialized_end=635
-  _globals['_NAMESPACEINFO']._serialized_start=637
-  _globals['_NAMESPACEINFO']._serialized_end=735
-  _globals['_LISTNAMESPACESRESPONSE']._serialized_start=737
-  _globals['_LISTNAMESPACESRESPONSE']._serialized_end=808
-  _globals['_LISTBLOCKSREQUEST']._serialized_start=810
-  _globals['_LISTBLOCKSREQUEST']._serialized_end=922
-  _globals['_BLOCKINFO']._serialized_start=924
-  _globals['_BLOCKINFO']._serialized_end=1045
-  _globals['_LISTBLOCKSRESPONSE']._serialized_start=1047
-  _globals['_LISTBLOCKSRESPONSE']._serialized_end=1120
-  _globals['_LOCATEPROMPTREQUEST']._serialized_start=1122
-  _globals['_LOCATEPROMPTREQUEST']._serialized_end=1193
-  _globals['_LOCATEPROMPTRESPONSE']._serialized_start=1196
-  _globals['_LOCATEPROMPTRESPONSE']._serialized_end=1345
-  _globals['_EVICTREQUEST']._serialized_start=1347
-  _globals['_EVICTREQUEST']._serialized_end=1453
-  _globals['_PURGEREQUEST']._serialized_start=1455
-  _globals['_PURGEREQUEST']._serialized_end=1496
-  _globals['_REMOVALRESPONSE']._serialized_start=1498
-  _globals['_REMOVALRESPONSE']._serialized_end=1593
-  _globals['_VERSIONREQUEST']._serialized_start=1595
-  _globals['_VERSIONREQUEST']._serialized_end=1611
-  _globals['_VERSIONRESPONSE']._serialized_start=1613
-  _globals['_VERSIONRESPONSE']._serialized_end=1673
-  _globals['_ADMIN']._serialized_start=1676
-  _globals['_ADMIN']._serialized_end=2267
+  _globals['_FORGETNODEREQUEST']._serialized_start=612
+  _globals['_FORGETNODEREQUEST']._serialized_end=648
+  _globals['_FORGETNODERESPONSE']._serialized_start=650
+  _globals['_FORGETNODERESPONSE']._serialized_end=670
+  _globals['_LISTNAMESPACESREQUEST']._serialized_start=672
+  _globals['_LISTNAMESPACESREQUEST']._serialized_end=695
+  _globals['_NAMESPACEINFO']._serialized_start=697
+  _globals['_NAMESPACEINFO']._serialized_end=795
+  _globals['_LISTNAMESPACESRESPONSE']._serialized_start=797
+  _globals['_LISTNAMESPACESRESPONSE']._serialized_end=868
+  _globals['_LISTBLOCKSREQUEST']._serialized_start=870
+  _globals['_LISTBLOCKSREQUEST']._serialized_end=982
+  _globals['_BLOCKINFO']._serialized_start=984
+  _globals['_BLOCKINFO']._serialized_end=1105
+  _globals['_LISTBLOCKSRESPONSE']._serialized_start=1107
+  _globals['_LISTBLOCKSRESPONSE']._serialized_end=1180
+  _globals['_LOCATEPROMPTREQUEST']._serialized_start=1182
+  _globals['_LOCATEPROMPTREQUEST']._serialized_end=1253
+  _globals['_LOCATEPROMPTRESPONSE']._serialized_start=1256
+  _globals['_LOCATEPROMPTRESPONSE']._serialized_end=1405
+  _globals['_EVICTREQUEST']._serialized_start=1407
+  _globals['_EVICTREQUEST']._serialized_end=1513
+  _globals['_PURGEREQUEST']._serialized_start=1515
+  _globals['_PURGEREQUEST']._serialized_end=1556
+  _globals['_REMOVALRESPONSE']._serialized_start=1558
+  _globals['_REMOVALRESPONSE']._serialized_end=1653
+  _globals['_VERSIONREQUEST']._serialized_start=1655
+  _globals['_VERSIONREQUEST']._serialized_end=1671
+  _globals['_VERSIONRESPONSE']._serialized_start=1673
+  _globals['_VERSIONRESPONSE']._serialized_end=1733
+  _globals['_ADMIN']._serialized_start=1736
+  _globals['_ADMIN']._serialized_end=2404
 # @@protoc_insertion_point(module_scope)

@@ -44,6 +44,11 @@ class AdminStub:
                 request_serializer=kvstore__proto_dot_admin__pb2.ListNodesRequest.SerializeToString,
                 response_deserializer=kvstore__proto_dot_admin__pb2.ListNodesResponse.FromString,
                 _registered_method=True)
+        self.ForgetNode = channel.unary_unary(
+                '/kvstore.v1.Admin/ForgetNode',
+                request_serializer=kvstore__proto_dot_admin__pb2.ForgetNodeRequest.SerializeToString,
+                response_deserializer=kvstore__proto_dot_admin__pb2.ForgetNodeResponse.FromString,
+                _registered_method=True)
         self.ListBlocks = channel.unary_unary(
                 '/kvstore.v1.Admin/ListBlocks',
                 request_serializer=kvstore__proto_dot_admin__pb2.ListBlocksRequest.SerializeToString,
@@ -87,6 +92,13 @@ class AdminServicer:
 
     def ListNodes(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForgetNode(self, request, context):
+        """Forgets a node that is lost for good. FAILED_PRECONDITION while it is connected.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -140,6 +152,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ListNodes,
                     request_deserializer=kvstore__proto_dot_admin__pb2.ListNodesRequest.FromString,
                     response_serializer=kvstore__proto_dot_admin__pb2.ListNodesResponse.SerializeToString,
+            ),
+            'ForgetNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetNode,
+                    request_deserializer=kvstore__proto_dot_admin__pb2.ForgetNodeRequest.FromString,
+                    response_serializer=kvstore__proto_dot_admin__pb2.ForgetNodeResponse.SerializeToString,
             ),
             'ListBlocks': grpc.unary_unary_rpc_method_handler(
                     servicer.ListBlocks,
@@ -226,6 +243,33 @@ class Admin:
             '/kvstore.v1.Admin/ListNodes',
             kvstore__proto_dot_admin__pb2.ListNodesRequest.SerializeToString,
             kvstore__proto_dot_admin__pb2.ListNodesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Admin/ForgetNode',
+            kvstore__proto_dot_admin__pb2.ForgetNodeRequest.SerializeToString,
+            kvstore__proto_dot_admin__pb2.ForgetNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

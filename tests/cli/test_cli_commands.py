@@ -96,6 +96,33 @@ async def test_nodes(master: Master, cli: Callable[..., Any]) -> None:
     assert "1 lost" in (await cli("status"))[1]
 
 
+async def test_a_lost_node_can_be_forgotten(master: Master, cli: Callable[..., Any]) -> None:
+    node = await master.ready_node("node-b")
+    code, _, err = await cli("nodes", "--forget", "node-b")
+    assert code == 1
+    assert err.startswith("kvstore: node 'node-b' is connected (ready): stop it first")
+    node.drop()
+    await until(lambda: master.cluster.members.nodes["node-b"].state.value == "lost")
+    assert await cli("nodes", "--forget", "node-b") == (0, "Forgot node-b.\n", "")
+    assert json.loads((await cli("nodes", "--json"))[1]) == {"nodes": []}
+    code, _, err = await cli("nodes", "--forget", "node-b")
+    assert (code, err) == (1, "kvstore: no node 'node-b'; `kvstore nodes` lists them\n")
+
+
+async def test_an_address_is_never_cut_or_folded(
+    master: Master, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "node-" + "x" * 30
+    await master.node(name)
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = await cli("nodes")
+    assert f"{name}  host unix:/{name}" in out.splitlines()
+    monkeypatch.setenv("COLUMNS", "160")
+    _, out, _ = await cli("nodes")
+    [line] = [line for line in out.splitlines() if name in line]
+    assert line.endswith(f"host unix:/{name}")
+
+
 async def test_blocks(master: Master, cli: Callable[..., Any]) -> None:
     assert "No such block" in (await cli("blocks"))[1]
     await stocked(master)

@@ -72,6 +72,9 @@ def test_I7_state_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         state.put_node(KnownNode("b", "", "", ""))
     with pytest.raises(ResourceExhaustedError, match="cannot be written"):
         state.put_namespace(master_pb2.NamespaceReport(root=b"r" * 600))
+    state.remove_node("a")
+    state.remove_node("a")
+    state.put_node(KnownNode("b", "", "", ""))
     state.close()
 
 

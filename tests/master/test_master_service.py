@@ -9,9 +9,10 @@ from typing import Protocol
 import grpc
 import pytest
 from kvstore.core.spec import CacheSpec
+from kvstore.master import service
 from kvstore_proto import admin_pb2, master_pb2
 
-from tests.master.rig import DRAM, HBM, ROOT, SSD, Master, keys, until
+from tests.master.rig import DRAM, HBM, ROOT, SSD, FakeNode, Master, keys, until
 
 
 class MakeMaster(Protocol):
@@ -127,6 +128,28 @@ async def test_I8_a_restarted_master_knows_epoch_nodes_and_namespaces(
         ]
 
 
+async def test_I8_a_forgotten_node_stays_forgotten_and_may_join_again(
+    make_master: MakeMaster,
+) -> None:
+    async with make_master() as master:
+        node = await master.ready_node()
+        request = admin_pb2.ForgetNodeRequest(node_id="node-a")
+        with pytest.raises(grpc.aio.AioRpcError, match="is connected") as caught:
+            await master.admin.ForgetNode(request)
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        node.drop()
+        await until(lambda: master.cluster.members.nodes["node-a"].state.value == "lost")
+        await master.admin.ForgetNode(request)
+        with pytest.raises(grpc.aio.AioRpcError, match="no node 'node-a'") as caught:
+            await master.admin.ForgetNode(request)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    async with make_master() as master:
+        assert master.cluster.members.nodes == {}
+        await master.ready_node()
+    async with make_master() as master:
+        assert list(master.cluster.members.nodes) == ["node-a"]
+
+
 async def test_I5_the_epoch_outgrows_what_any_node_has_seen(make_master: MakeMaster) -> None:
     async with make_master() as master:
         first = await master.node("node-a")
@@ -201,6 +224,16 @@ async def test_unknown_and_late_reports_are_ignored(master: Master) -> None:
     await node.report(result=master_pb2.DirectiveResult(id=77))
     await node.delta(DRAM, stored=keys(1))
     await until(lambda: master.cluster.locations.entries == 2)
+
+
+async def test_I7_a_session_without_a_hello_is_ended(
+    master: Master, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "HELLO_TIMEOUT_S", 0.05)
+    node = FakeNode(master, "node-a")
+    code, details = await node.status()
+    assert (code, details) == (grpc.StatusCode.FAILED_PRECONDITION, "no hello within 0.05 s")
+    assert await master.node()
 
 
 async def test_a_session_that_says_nothing_is_harmless(master: Master) -> None:

@@ -1,8 +1,11 @@
 """``kvstore nodes``: every node that the master knows."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
+import typer
 from kvstore_proto import admin_pb2, common_pb2
+from rich.table import Table
 from rich.text import Text
 
 from kvstore.cli.connection import connect
@@ -20,10 +23,17 @@ from kvstore.cli.status import usage_json
 
 STATE_STYLES = {"ready": "green", "syncing": "yellow", "lost": "red"}
 JUST_NOW_MS = 10_000
+WIDTH_MAX = 10_000
 
 
-def nodes(master: MasterOption = DEFAULT_MASTER, as_json: JsonOption = False) -> None:
-    """List the nodes, those that are lost included.
+def nodes(
+    forget: Annotated[
+        str, typer.Option(metavar="ID", help="Take this lost node off the list, for good.")
+    ] = "",
+    master: MasterOption = DEFAULT_MASTER,
+    as_json: JsonOption = False,
+) -> None:
+    """List the nodes, those that are lost included, or forget one that will not come back.
 
     A node is [green]ready[/green], [yellow]syncing[/yellow] while its inventory is on the way,
     or [red]lost[/red]: its blocks cannot be found until it comes back. Below the table stands
@@ -33,8 +43,14 @@ def nodes(master: MasterOption = DEFAULT_MASTER, as_json: JsonOption = False) ->
       [cyan]kvstore nodes[/cyan]
       [cyan]kvstore nodes --json | jq '.nodes[] | select(.state == "lost") | .node_id'[/cyan]
       [cyan]kvstore nodes --json | jq '.nodes[] | select(.problems != []) | .problems'[/cyan]
+      [cyan]kvstore nodes --forget node-1a2b3c4d5e6f[/cyan]
     """
     with connect(master) as admin:
+        if forget:
+            admin.call("ForgetNode", admin_pb2.ForgetNodeRequest(node_id=forget))
+            if not as_json:
+                console().print(f"Forgot {forget}.", markup=False)
+                return
         found = list(admin.call("ListNodes", admin_pb2.ListNodesRequest()).nodes)
     if as_json:
         print_json({"nodes": [node_json(node) for node in found]})
@@ -42,8 +58,19 @@ def nodes(master: MasterOption = DEFAULT_MASTER, as_json: JsonOption = False) ->
     if not found:
         console().print("No node has joined this master yet.")
         return
-    rows = table("", "node", "state", ">seen", ">DRAM", ">SSD", "where")
-    rows.columns[-1].no_wrap = False
+    out = console()
+    rows = _rows(found, where=True)
+    if out.measure(rows, options=out.options.update(max_width=WIDTH_MAX)).maximum <= out.width:
+        out.print(rows)
+    else:  # an address is of use only as a whole
+        out.print(_rows(found, where=False))
+        for node in found:
+            out.print(Text(f"{node.node_id}  {_where(node)}"), soft_wrap=True)
+    print_problems([f"{node.node_id}: {text}" for node in found for text in node.problems])
+
+
+def _rows(found: Sequence[admin_pb2.NodeInfo], *, where: bool) -> Table:
+    rows = table("", "node", "state", ">seen", ">DRAM", ">SSD", *(["where"] if where else []))
     for node in found:
         tiers = {tier_name(usage.tier): usage for usage in node.tiers}
         rows.add_row(
@@ -52,10 +79,13 @@ def nodes(master: MasterOption = DEFAULT_MASTER, as_json: JsonOption = False) ->
             _seen(node.last_seen_ms),
             _used(tiers.get("DRAM")),
             _used(tiers.get("SSD")),
-            f"{node.hostname} {node.address}",
+            *([_where(node)] if where else []),
         )
-    console().print(rows)
-    print_problems([f"{node.node_id}: {text}" for node in found for text in node.problems])
+    return rows
+
+
+def _where(node: admin_pb2.NodeInfo) -> str:
+    return f"{node.hostname} {node.address}"
 
 
 def node_json(node: admin_pb2.NodeInfo) -> dict[str, Any]:

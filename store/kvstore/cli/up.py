@@ -15,6 +15,7 @@ from kvstore.cli.options import DEFAULT_MASTER, size_option
 from kvstore.cli.output import console, print_json
 from kvstore.daemon import stop_event
 from kvstore.errors import ConfigError
+from kvstore.node.settings import NodeConfig
 
 SIGNAL_SPREAD_S = 0.3
 DEFAULT_DATA_DIR = Path.home() / ".local" / "share" / "kvstore"
@@ -30,6 +31,14 @@ def up(
     ] = DEFAULT_DATA_DIR,
     dram: Annotated[str, size_option("--dram", "Size of the DRAM tier, in /dev/shm.")] = "1GiB",
     ssd: Annotated[str, size_option("--ssd", "Size of the SSD tier; 0: none.")] = "8GiB",
+    scrub_mb_s: Annotated[
+        float,
+        typer.Option(
+            "--scrub-mb-s",
+            metavar="MB/S",
+            help="How fast SSD blocks are verified in the background; 0: not at all.",
+        ),
+    ] = NodeConfig.scrub_mb_s,
     listen: Annotated[
         str,
         typer.Option(metavar="ADDRESS", help="Of the node: unix:PATH [DATA_DIR/node.sock]."),
@@ -72,7 +81,7 @@ def up(
         listen or f"unix:{data_dir}/node.sock",
     ]
     node += ["--dram", dram, "--ssd", ssd, "--pool-dir", pool_dir, *shared]
-    node += ["--metrics-listen", metrics_listen]
+    node += ["--metrics-listen", metrics_listen, "--scrub-mb-s", str(scrub_mb_s)]
 
     def show(endpoints: dict[str, str]) -> None:
         if as_json:

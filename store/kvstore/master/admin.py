@@ -72,6 +72,14 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         nodes = sorted(self._cluster.members.nodes.items())
         return admin_pb2.ListNodesResponse(nodes=[self._node_info(node, now) for _, node in nodes])
 
+    async def ForgetNode(  # noqa: N802
+        self, request: admin_pb2.ForgetNodeRequest, context: Context
+    ) -> admin_pb2.ForgetNodeResponse:
+        """Takes a node that will not come back off the list, durably."""
+        del context
+        await self._cluster.forget_node(request.node_id)
+        return admin_pb2.ForgetNodeResponse()
+
     def _node_info(self, node: Node, now: float) -> admin_pb2.NodeInfo:
         # A node that has not been here since the master's start was last seen before that.
         seen = self._cluster.started if node.last_seen is None else node.last_seen

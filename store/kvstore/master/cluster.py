@@ -56,6 +56,20 @@ class Cluster:
             blocks = self.forget_blocks(link.node_id)
             log.info("node %s is gone, with %d blocks", link.node_id, blocks)
 
+    async def forget_node(self, node_id: str) -> None:
+        """Forgets a node that is lost. It may join again, as a new one.
+
+        NotFoundError if it is not known, PreconditionError while it is connected.
+        """
+        async with self._writing:
+            node = self.members.forget(node_id)
+            try:
+                await asyncio.to_thread(self._state.remove_node, node_id)
+            except ResourceExhaustedError:
+                self.members.nodes.setdefault(node_id, node)
+                raise
+        log.info("node %s is forgotten", node_id)
+
     def forget_blocks(self, node_id: str) -> int:
         """Removes a node's blocks from the index and tells the watchers; returns their number."""
         blocks = sum(n for p, n in self.locations.counts().items() if p.node_id == node_id)

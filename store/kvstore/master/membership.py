@@ -10,7 +10,12 @@ from enum import StrEnum
 
 from kvstore_proto import common_pb2, master_pb2
 
-from kvstore.errors import InvalidArgumentError, PreconditionError, UnavailableError
+from kvstore.errors import (
+    InvalidArgumentError,
+    NotFoundError,
+    PreconditionError,
+    UnavailableError,
+)
 from kvstore.master.state.base import KnownNode
 
 PROTOCOL_VERSION = 1
@@ -150,6 +155,21 @@ class Membership:
         node.tiers = []
         self.lost_total += 1
         return True
+
+    def forget(self, node_id: str) -> Node:
+        """Takes a lost node out.
+
+        NotFoundError if it is not known, PreconditionError while it is connected.
+        """
+        node = self.nodes.get(node_id)
+        if node is None:
+            raise NotFoundError(f"no node {node_id!r}; `kvstore nodes` lists them")
+        if node.link is not None:
+            raise PreconditionError(
+                f"node {node_id!r} is connected ({node.state}): stop it first, or its next start "
+                "brings it back"
+            )
+        return self.nodes.pop(node_id)
 
     def overdue(self, now: float) -> list[NodeLink]:
         """Links that were silent for too long. To be called several times a heartbeat.

@@ -52,6 +52,10 @@ class MasterState(Protocol):
         """Adds or replaces one; ResourceExhaustedError beyond ``NODES_MAX``."""
         ...
 
+    def remove_node(self, node_id: str) -> None:
+        """Forgets one; nothing happens if it is not known."""
+        ...
+
     def close(self) -> None:
         """Releases the medium."""
         ...

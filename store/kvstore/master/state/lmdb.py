@@ -116,6 +116,14 @@ class LmdbState:
         )
         self._put(self._nodes, node.node_id.encode(), info.SerializeToString(), NODES_MAX)
 
+    def remove_node(self, node_id: str) -> None:
+        """Forgets one."""
+        try:
+            with self._env.begin(write=True, db=self._nodes) as txn:
+                txn.delete(node_id.encode())
+        except lmdb.Error as error:
+            raise ResourceExhaustedError(f"the cluster state cannot be written: {error}") from None
+
     def _put(self, table: "lmdb._Database", key: bytes, value: bytes, entries_max: int) -> None:
         try:
             with self._env.begin(write=True, db=table) as txn:
