@@ -43,4 +43,7 @@ async def main(address: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.stderr.write(f"usage: python {sys.argv[0]} ADDRESS, as `kvstore up` prints it\n")
+        sys.exit(2)
     asyncio.run(main(sys.argv[1]))

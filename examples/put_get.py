@@ -5,6 +5,9 @@ import sys
 import numpy as np
 from kvstore_client import CacheSpec, Client
 
+if len(sys.argv) != 2:
+    sys.stderr.write(f"usage: python {sys.argv[0]} ADDRESS, as `kvstore up` prints it\n")
+    sys.exit(2)
 arrays = np.random.default_rng().random((16, 64, 1024))  # 16 blocks of 512 KiB
 with Client.connect(sys.argv[1]) as client:
     ns = client.open_namespace(CacheSpec.raw("example", block_bytes=arrays[0].nbytes))

@@ -176,6 +176,16 @@ async def test_a_lost_stream_gives_all_back_when_the_client_settles(
 
 
 @pytest.mark.parametrize("name", ["put_get", "prefetch"])
+def test_an_example_without_an_address_says_how_it_is_used(name: str) -> None:
+    script = REPOSITORY / "examples" / f"{name}.py"
+    done = subprocess.run(
+        [sys.executable, str(script)], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"usage: python {script} ADDRESS, as `kvstore up` prints it\n"
+
+
+@pytest.mark.parametrize("name", ["put_get", "prefetch"])
 def test_examples_run(tmp_path: Path, name: str) -> None:
     script = REPOSITORY / "examples" / f"{name}.py"
     big = Daemon(tmp_path, "--dram", "32MiB", "--ssd", "64MiB")
