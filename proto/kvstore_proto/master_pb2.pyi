@@ -246,8 +246,11 @@ class Directive(_message.Message):
     EVICT_FIELD_NUMBER: _builtins.int
     PURGE_FIELD_NUMBER: _builtins.int
     RESYNC_FIELD_NUMBER: _builtins.int
+    CLUSTER_EPOCH_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """0 where no result is expected"""
+    cluster_epoch: _builtins.int
+    """under which it is ordered; a node refuses an older one"""
     @_builtins.property
     def welcome(self) -> Global___MasterWelcome: ...
     @_builtins.property
@@ -264,10 +267,11 @@ class Directive(_message.Message):
         evict: Global___EvictBlocks | None = ...,
         purge: Global___PurgeNamespace | None = ...,
         resync: Global___Resync | None = ...,
+        cluster_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "evict", b"evict", "purge", b"purge", "resync", b"resync", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "evict", b"evict", "id", b"id", "purge", b"purge", "resync", b"resync", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_epoch", b"cluster_epoch", "directive", b"directive", "evict", b"evict", "id", b"id", "purge", b"purge", "resync", b"resync", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["welcome", "evict", "purge", "resync"]  # noqa: Y015
     _WhichOneofArgType_directive: _TypeAlias = _typing.Literal["directive", b"directive"]  # noqa: Y015

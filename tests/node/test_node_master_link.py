@@ -72,7 +72,8 @@ class FakeMaster(master_pb2_grpc.MasterServicer):
         raise NotImplementedError
 
     async def order(self, number: int, **directive: Any) -> master_pb2.DirectiveResult:
-        await self._context.write(Directive(id=number, **directive))
+        order = Directive(id=number, cluster_epoch=self.epoch, **directive)
+        await self._context.write(order)
         await until(lambda: number in self.results)
         return self.results[number]
 
@@ -208,10 +209,40 @@ async def test_I5_master_of_an_older_epoch_is_refused(
     await master.start()
     await until(lambda: master.sessions >= 3)
     assert not linked.node.link.connected
-    assert linked.node.link.cluster_epoch == 5
+    assert linked.node.core.epoch.newest == 5
     master.epoch = 6
     await until(lambda: linked.node.link.connected)
-    assert linked.node.link.cluster_epoch == 6
+    assert linked.node.core.epoch.newest == 6
+
+
+async def test_I5_orders_under_an_older_epoch_change_nothing(
+    linked: LocalNode, master: FakeMaster
+) -> None:
+    session = await RawSession.open(linked.address)
+    keys = keys_of(4)
+    await session.put(keys, level=SYNCED)
+    master.epoch = 4
+    purge = master_pb2.PurgeNamespace(root=session.root)
+    result = await master.order(1, purge=purge)
+    assert "epoch 4 is older than 5" in result.error
+    evict: Any = {"tier": Tier.DRAM.value, "keys": keys[3]}
+    assert "epoch 4" in (await master.order(2, evict=master_pb2.EvictBlocks(**evict))).error
+    assert "epoch 4" in (await master.order(3, resync=master_pb2.Resync())).error
+    assert (await session.check(keys)).granted == 4
+    assert linked.node.core.counters["stale_epoch_orders"] == 3
+    master.epoch = 6
+    assert (await master.order(4, purge=purge)).error == ""
+    assert linked.node.core.epoch.newest == 6
+    await session.goodbye()
+
+
+async def test_I5_a_master_moves_its_nodes_on_to_a_newer_epoch(
+    linked: LocalNode, master: FakeMaster
+) -> None:
+    master.epoch = 9
+    welcome = master_pb2.MasterWelcome(cluster_epoch=9, heartbeat_ms=100)
+    assert (await master.order(1, welcome=welcome)).error == ""
+    assert linked.node.core.epoch.newest == 9
 
 
 async def test_node_without_a_master_says_so(

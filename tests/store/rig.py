@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import xxhash
@@ -19,6 +19,7 @@ from kvstore.core.effects import (
     Reserved,
     WriteSsd,
 )
+from kvstore.core.keys import DEFAULT_TENANTS
 from kvstore.core.node_core import NodeCore
 from kvstore.core.spec import CacheSpec
 from kvstore.core.ssd_record import SsdRecord
@@ -69,6 +70,7 @@ class Rig:
         *,
         block_bytes: int = BLOCK,
         disk: FakeDisk | None = None,
+        tenants: Mapping[str, bytes] = DEFAULT_TENANTS,
         **limits: int | float | str,
     ) -> None:
         slot = -(-block_bytes // 4096) * 4096
@@ -80,7 +82,7 @@ class Rig:
         self.directory = DirectoryReader(buffer)
         limits.setdefault("segment_bytes", slot)
         config = CoreConfig(dram_bytes=dram_bytes, ssd_bytes=ssd_bytes, **limits)  # type: ignore[arg-type]
-        self.core = NodeCore(config, writer)
+        self.core = NodeCore(config, writer, tenants)
         self.disk = disk or FakeDisk(ssd_bytes)
         self.now = 0.0
         self.block_bytes = block_bytes
@@ -91,7 +93,7 @@ class Rig:
             records = [SsdRecord.decode(k, v) for k, v in disk.index.items()]
             self.apply(self.core.restore(records))
         self.spec = CacheSpec.raw("test", block_bytes=block_bytes)
-        self.namespace = self.core.open_namespace(self.spec)
+        self.namespace = self.core.open_namespace(self.spec, next(iter(tenants)))
         self.ns = self.namespace.id
 
     def apply(self, effects: Effects) -> None:

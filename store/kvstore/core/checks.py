@@ -1,12 +1,12 @@
 """Checks of requests: everything is refused before anything is changed."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore.core.blocks import Blocks
-from kvstore.core.keys import DEFAULT_TENANT, KEY_BYTES, split_keys
+from kvstore.core.keys import KEY_BYTES, split_keys
 from kvstore.core.leases import Session
 from kvstore.core.spec import CacheSpec
 from kvstore.core.types import Namespace
@@ -22,12 +22,16 @@ class RequestChecks:
         self._blocks = blocks
         self._config = blocks.config
 
-    def namespace_fits(self, spec: CacheSpec, tenant: str) -> None:
-        """InvalidArgumentError unless both tiers can hold a block, and the tenant exists."""
-        if tenant not in ("", DEFAULT_TENANT):
+    @staticmethod
+    def tenant(name: str, known: Collection[str]) -> None:
+        """InvalidArgumentError unless the tenant exists; the others stay unnamed."""
+        if name not in known:
             raise InvalidArgumentError(
-                f"tenant {tenant!r}: without security there is only {DEFAULT_TENANT!r}"
+                f"tenant {name!r} is not known here; with security off the one tenant is 'default'"
             )
+
+    def namespace_fits(self, spec: CacheSpec) -> None:
+        """InvalidArgumentError unless both tiers can hold a block."""
         for space, name in ((self._blocks.dram, "DRAM pool"), (self._blocks.ssd, "SSD tier")):
             if space and not space.slots_max(spec.slot_bytes):
                 raise InvalidArgumentError(

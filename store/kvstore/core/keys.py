@@ -14,6 +14,7 @@ from kvstore.errors import InvalidArgumentError
 KEY_BYTES = 32
 DEFAULT_TENANT = "default"
 DEFAULT_TENANT_SECRET = b"kvstore tenant default, security off"
+DEFAULT_TENANTS = {DEFAULT_TENANT: DEFAULT_TENANT_SECRET}
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer]
 

@@ -1,6 +1,6 @@
 """NodeCore: everything that a storage node decides, without I/O, clock or threads."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -21,8 +21,9 @@ from kvstore.core.effects import (
     Reply,
     WriteSsd,
 )
+from kvstore.core.epoch import EpochGuard
 from kvstore.core.fills import Fills
-from kvstore.core.keys import DEFAULT_TENANT, namespace_root, split_keys
+from kvstore.core.keys import DEFAULT_TENANT, DEFAULT_TENANTS, namespace_root, split_keys
 from kvstore.core.leases import Reservation, Session
 from kvstore.core.reserve import Reserves
 from kvstore.core.restore import restore_blocks
@@ -50,9 +51,17 @@ class NodeCore:
     ``open_session`` raise. Calls come from one thread.
     """
 
-    def __init__(self, config: CoreConfig, directory: DirectoryWriter) -> None:
+    def __init__(
+        self,
+        config: CoreConfig,
+        directory: DirectoryWriter,
+        tenants: Mapping[str, bytes] = DEFAULT_TENANTS,
+    ) -> None:
+        """``tenants`` has the secret of each; with security off there is one, ``default``."""
         self.config = config
         self.directory = directory
+        self.epoch = EpochGuard()
+        self._tenants = tenants
         self._blocks = Blocks(config, directory)
         self._tiering = Tiering(self._blocks)
         self._transfers = Transfers(self._tiering)
@@ -67,19 +76,23 @@ class NodeCore:
         """What happened since the start, by name."""
         counters = dict(self._blocks.counters)
         counters["directory_unpublished_blocks"] = self.directory.unpublished
+        counters["stale_epoch_orders"] = self.epoch.refused
         return counters
 
     # Namespaces and sessions
 
     def open_namespace(self, spec: CacheSpec, tenant: str = DEFAULT_TENANT) -> Namespace:
-        """The namespace of a spec; the same one for the same spec and tenant.
+        """The namespace of a spec; the same one for the same spec and tenant (empty: default).
 
-        InvalidArgumentError if a tier cannot hold one of its blocks; ResourceExhaustedError at
-        the limit of namespaces.
+        InvalidArgumentError if there is no such tenant or a tier cannot hold one of its blocks;
+        ResourceExhaustedError at the limit of namespaces.
         """
-        self._checks.namespace_fits(spec, tenant)
-        namespace = self._blocks.namespace_of(namespace_root(spec), spec.block_bytes)
-        namespace.spec, namespace.tenant = spec, DEFAULT_TENANT
+        tenant = tenant or DEFAULT_TENANT
+        self._checks.tenant(tenant, self._tenants)
+        self._checks.namespace_fits(spec)
+        root = namespace_root(spec, self._tenants[tenant])
+        namespace = self._blocks.namespace_of(root, spec.block_bytes)
+        namespace.spec, namespace.tenant = spec, tenant
         return namespace
 
     def namespaces(self) -> list[Namespace]:
@@ -153,7 +166,8 @@ class NodeCore:
     ) -> Effects:
         """Unpins blocks first .. first + count - 1 of an Acquire (count 0: all from first on).
 
-        Releasing what was not granted yet cancels the rest: End with RELEASED follows.
+        Blocks of the range that were not granted yet never will be, all others still come. End
+        has RELEASED if the last one that would have come was released.
         """
         session = self._sessions.get(session_id)
         if session is not None and first >= 0 and count >= 0:

@@ -13,13 +13,13 @@ from kvstore_proto import master_pb2, node_pb2
 
 import kvstore
 from kvstore.core.directory import DirectoryWriter, entries_for
-from kvstore.core.effects import BlockEvent, DropSsd
+from kvstore.core.effects import BlockEvent, DropSsd, Effects
 from kvstore.core.node_core import NodeCore
 from kvstore.core.spec import SLOT_ALIGN_BYTES, CacheSpec
 from kvstore.core.ssd_record import decode_many
 from kvstore.core.types import CoreConfig, Namespace, Tier
 from kvstore.durable import write_durably
-from kvstore.errors import ConfigError, InvalidArgumentError, KVStoreError, NotFoundError
+from kvstore.errors import ConfigError, KVStoreError, NotFoundError
 from kvstore.node import translate
 from kvstore.node.clients import Clients
 from kvstore.node.dir_lock import DirectoryLock
@@ -36,7 +36,6 @@ from kvstore.node.ssd_index import SsdIndex
 log = logging.getLogger(__name__)
 
 ID_NAME = "node_id"
-DEFAULT_TENANT = "default"
 DRAIN_TIMEOUT_S = 8.0
 READS_IN_FLIGHT_MAX = 64  # blocks; neighbours go as one request
 SESSIONS_HELD = 4  # sessions, for each that may be open, whose client is lost or restarting
@@ -192,18 +191,14 @@ class Node:
             pool_bytes=self.pool.size_bytes,
             directory_path=str(self.directory_file.path),
             directory_bytes=self.directory_file.size_bytes,
-            cluster_epoch=self.link.cluster_epoch,
+            cluster_epoch=self.core.epoch.newest,
             version=kvstore.__version__,
             has_master=self.link.connected,
         )
 
     def open_namespace(self, spec: CacheSpec, tenant: str) -> Namespace:
         """The namespace of a spec; durable before anything is stored in it, if the SSD works."""
-        if (tenant or DEFAULT_TENANT) != DEFAULT_TENANT:
-            raise InvalidArgumentError(
-                f"tenant {tenant!r}; with security off the one tenant is {DEFAULT_TENANT!r}"
-            )
-        namespace = self.core.open_namespace(spec, DEFAULT_TENANT)
+        namespace = self.core.open_namespace(spec, tenant)
         report = translate.namespace_to_message(namespace)
         if self.driver.ssd is not None and namespace.root not in self._known_roots:
             encoded = report.SerializeToString()
@@ -226,6 +221,18 @@ class Node:
                 f"{self.config.ssd_path}"
             ]
         return []
+
+    def sessions_open(self) -> int:
+        """Sessions of clients whose stream is open."""
+        return self.clients.open_count
+
+    def now(self) -> float:
+        """Monotonic seconds."""
+        return self.driver.now()
+
+    def apply(self, effects: Effects) -> None:
+        """Carries out what a call of the core wants done."""
+        self.driver.apply(effects)
 
     def hbm_events(self, engine_id: str, events: node_pb2.HbmEvents) -> None:
         """Blocks came into or left an engine's own pages."""
