@@ -23,7 +23,15 @@ from kvstore.core.keys import DEFAULT_TENANTS
 from kvstore.core.node_core import NodeCore
 from kvstore.core.spec import CacheSpec
 from kvstore.core.ssd_record import SsdRecord
-from kvstore.core.types import AckLevel, CoreConfig, EndReason, IoOutcome, ReserveStatus, SlotRun
+from kvstore.core.types import (
+    AckLevel,
+    CoreConfig,
+    EndReason,
+    IoOutcome,
+    ReserveStatus,
+    SlotRun,
+    Tier,
+)
 
 BLOCK = 4096
 Request = tuple[int, int]  # session, request
@@ -186,6 +194,15 @@ class Rig:
         if slots:
             self.commit(reserve, keys, slots, session=session, level=level)
         return statuses
+
+    def put_on_ssd_only(self, keys: list[bytes]) -> None:
+        """Stores a chain in parts, then evicts all of DRAM."""
+        for first in range(0, len(keys), 4):
+            self.put(keys[first : first + 4], parent=keys[first - 1] if first else b"")
+            self.settle()
+        effects, removal = self.core.evict(Tier.DRAM, b"", 0, False, self.now)
+        self.apply(effects)
+        assert removal.waiting == 0
 
     def acquire(self, keys: list[bytes], *, session: int = 1, timeout_s: float = 0.0) -> int:
         request = self.next_id()

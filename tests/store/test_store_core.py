@@ -6,11 +6,9 @@ from kvstore.core.effects import Aborted, Committed, End, Granted, Matched
 from kvstore.core.spec import CacheSpec
 from kvstore.core.types import AckLevel, EndReason, ReserveStatus, SlotRun, Tier
 from kvstore.errors import (
-    ConfigError,
     InvalidArgumentError,
     NotFoundError,
     PreconditionError,
-    ResourceExhaustedError,
 )
 
 from tests.store.rig import BLOCK, Rig, chain, content
@@ -334,97 +332,6 @@ def test_evict_takes_leaves_and_spares_pinned(dram: Rig) -> None:
     with pytest.raises(InvalidArgumentError, match="REMOTE"):
         dram.core.evict(Tier.REMOTE, b"", 0, True, 0.0)
     dram.release(lease)
-
-
-def test_bad_requests_are_answered_and_change_nothing(dram: Rig) -> None:
-    core, root = dram.core, dram.namespace.root
-    cases = [
-        (core.acquire(1, 900, 77, A[0], b"", 0.0, 0.0), NotFoundError),
-        (core.acquire(9, 900, dram.ns, A[0], b"", 0.0, 0.0), PreconditionError),
-        (core.acquire(1, 900, dram.ns, A[0][:31], b"", 0.0, 0.0), InvalidArgumentError),
-        (core.acquire(1, 900, dram.ns, A[0], b"short", 0.0, 0.0), InvalidArgumentError),
-        (core.acquire(1, 900, dram.ns, root, b"", 0.0, 0.0), InvalidArgumentError),
-        (core.reserve(1, 900, dram.ns, A[0] * 2, b"", 0.0, 0.0), InvalidArgumentError),
-        (core.reserve(1, 900, dram.ns, bytes(32), b"", 0.0, 0.0), InvalidArgumentError),
-        (
-            core.reserve(1, 900, dram.ns, A[0], b"", 0.0, 0.0, shard_index=2, num_shards=2),
-            InvalidArgumentError,
-        ),
-        (core.commit(1, 900, 5, [0], bytes(8), AckLevel.MEMORY, 0.0), NotFoundError),
-        (core.match(1, 900, 77, A[0]), NotFoundError),
-    ]
-    for effects, error in cases:
-        assert len(effects.replies) == 1
-        assert isinstance(effects.replies[0].body.error, error)  # type: ignore[union-attr]
-    reserve = dram.reserve(A[:2])
-    for indices, sums in (([0], bytes(7)), ([2], bytes(8)), ([-1], bytes(8)), ([0, 0], bytes(16))):
-        request = dram.next_id()
-        dram.apply(core.commit(1, request, reserve, indices, sums, AckLevel.MEMORY, 0.0))
-        assert isinstance(dram.failure(request), InvalidArgumentError)
-    lease = dram.acquire(A[:1], timeout_s=1.0)
-    del lease
-    dram.put(B[:1])
-    dram.apply(core.acquire(1, 700, dram.ns, B[0], b"", 0.0, 0.0))
-    dram.apply(core.acquire(1, 700, dram.ns, B[0], b"", 0.0, 0.0))
-    assert isinstance(dram.failure(700), InvalidArgumentError)
-    dram.apply(core.reserve(1, reserve, dram.ns, B[1], b"", 0.0, 0.0))
-    assert isinstance(dram.failure(reserve), InvalidArgumentError)
-
-
-def test_I7_limits_are_refused_clearly() -> None:
-    rig = Rig(
-        8,
-        8,
-        keys_per_request_max=4,
-        holds_per_session_max=2,
-        sessions_max=2,
-        namespaces_max=2,
-        waiting_max=1,
-    )
-    rig.open(1)
-    rig.open(2)
-    with pytest.raises(ResourceExhaustedError, match="sessions"):
-        rig.open(3)
-    with pytest.raises(PreconditionError, match="open already"):
-        rig.open(2)
-    rig.core.open_namespace(CacheSpec.raw("second", block_bytes=10))
-    with pytest.raises(ResourceExhaustedError, match="2 namespaces"):
-        rig.core.open_namespace(CacheSpec.raw("third", block_bytes=10))
-    assert isinstance(rig.failure(rig.acquire(A[:5])), InvalidArgumentError)
-    rig.put(A[:4])
-    rig.put(A[4:8], parent=A[3])
-    leases = [rig.acquire(A[:4]), rig.acquire(A[4:8])]
-    assert isinstance(rig.failure(rig.acquire(A[:1])), ResourceExhaustedError)
-    rig.reserve(B[:2], session=2, timeout_s=9.0)
-    assert isinstance(
-        rig.failure(rig.reserve(B[2:4], session=2, timeout_s=9.0), 2), ResourceExhaustedError
-    )
-    for lease in leases:
-        rig.release(lease)
-    rig.settle()
-    rig.check()
-
-
-def test_I7_table_of_blocks_has_a_limit() -> None:
-    rig = Rig(16, blocks_max=6)
-    rig.open()
-    assert rig.put(A[:8]).count(SLOT) == 6
-    held = rig.acquire(A[:6])
-    assert rig.put(B[:3], parent=B[9]) == bytes([FULL] * 3)
-    rig.release(held)
-    assert rig.put(B[:3]) == bytes([SLOT] * 3)
-    rig.check()
-    assert rig.get(A[:6]) == (3, EndReason.EVICTED)
-
-
-def test_namespace_that_does_not_fit_is_refused(dram: Rig) -> None:
-    with pytest.raises(InvalidArgumentError, match="does not fit into the DRAM pool"):
-        dram.core.open_namespace(CacheSpec.raw("big", block_bytes=17 * BLOCK))
-    with pytest.raises(InvalidArgumentError, match="tenant 'x'"):
-        dram.core.open_namespace(CacheSpec.raw("big", block_bytes=1), "x")
-    assert dram.core.open_namespace(dram.spec, "") is dram.namespace
-    with pytest.raises(ConfigError, match="take one of"):
-        Rig(4, dram_policy="random")
 
 
 def test_tier_without_room_for_a_waiting_reserve_of_another_session(dram: Rig) -> None:

@@ -6,7 +6,6 @@ from kvstore.core.scrub import ScrubSsd
 from kvstore.core.types import EndReason, IoOutcome, Tier
 
 from tests.store.rig import BLOCK, Rig, chain
-from tests.store.test_store_tiers import put_on_ssd_only
 
 A, B = chain("a", 16), chain("b", 4)
 
@@ -34,7 +33,7 @@ def test_a_pass_names_every_copy_once(
 ) -> None:
     monkeypatch.setattr(scrub, "ROWS_PER_CALL", rows)
     assert all_copies(tiers, bytes_max) == []
-    put_on_ssd_only(tiers, A)
+    tiers.put_on_ssd_only(A)
     copies = all_copies(tiers, bytes_max)
     assert sorted(copy.key for copy in copies) == sorted(A)
     for copy in copies:
@@ -43,7 +42,7 @@ def test_a_pass_names_every_copy_once(
 
 
 def test_good_copies_stay(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A)
+    tiers.put_on_ssd_only(A)
     settle(tiers, all_copies(tiers), IoOutcome.OK)
     assert tiers.core.counters["scrubbed_blocks"] == 16
     assert "scrub_corrupt_blocks" not in tiers.core.counters
@@ -59,7 +58,7 @@ def test_good_copies_stay(tiers: Rig) -> None:
     ],
 )
 def test_I1_a_bad_copy_is_dropped_and_a_miss(tiers: Rig, outcome: IoOutcome, counter: str) -> None:
-    put_on_ssd_only(tiers, A[:4])
+    tiers.put_on_ssd_only(A[:4])
     bad = next(copy for copy in all_copies(tiers) if copy.key == A[2])
     settle(tiers, [bad], outcome)
     assert [op.key for op in tiers.disk.drops] == [A[2]]
@@ -80,13 +79,13 @@ def test_a_block_that_is_in_dram_is_written_anew(tiers: Rig) -> None:
 
 
 def test_copies_that_left_meanwhile_are_not_touched(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:4])
+    tiers.put_on_ssd_only(A[:4])
     copies = all_copies(tiers)
     effects, _ = tiers.core.evict(Tier.SSD, b"", 0, True, tiers.now)
     tiers.apply(effects)
     settle(tiers, copies, IoOutcome.CORRUPT)
     tiers.settle()
-    put_on_ssd_only(tiers, B)  # in the same rows and slots
+    tiers.put_on_ssd_only(B)  # in the same rows and slots
     settle(tiers, copies, IoOutcome.CORRUPT)
     assert tiers.disk.drops == []
     assert "scrubbed_blocks" not in tiers.core.counters
@@ -94,7 +93,7 @@ def test_copies_that_left_meanwhile_are_not_touched(tiers: Rig) -> None:
 
 
 def test_a_block_that_is_being_read_is_left_to_that_read(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:4])
+    tiers.put_on_ssd_only(A[:4])
     copies = all_copies(tiers)
     request = tiers.acquire(A[:4], timeout_s=60.0)
     assert tiers.disk.reads
@@ -108,7 +107,7 @@ def test_a_block_that_is_being_read_is_left_to_that_read(tiers: Rig) -> None:
 def test_those_who_wait_for_a_dropped_block_hear_of_it(tiers: Rig) -> None:
     rig = Rig(8, 32, reads_in_flight_max=1)
     rig.open()
-    put_on_ssd_only(rig, A[:4])
+    rig.put_on_ssd_only(A[:4])
     copies = all_copies(rig)
     request = rig.acquire(A[:4], timeout_s=60.0)
     assert [op.key for op in rig.disk.reads] == A[:1]

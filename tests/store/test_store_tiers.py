@@ -1,11 +1,10 @@
 """NodeCore with an SSD tier: write-behind, loads, eviction, faults, shards, restart."""
 
 import pytest
-from kvstore.core.effects import End, Granted, Prefetched
+from kvstore.core.effects import End
 from kvstore.core.spec import CacheSpec
-from kvstore.core.ssd_record import SsdRecord
 from kvstore.core.types import AckLevel, EndReason, ReserveStatus, Tier
-from kvstore.errors import InternalError, ResourceExhaustedError
+from kvstore.errors import InternalError
 
 from tests.store.rig import BLOCK, Rig, chain, shuffled
 
@@ -16,15 +15,6 @@ SLOT, HAVE, FULL, BUSY = (
     ReserveStatus.FULL,
     ReserveStatus.BUSY,
 )
-
-
-def put_on_ssd_only(rig: Rig, keys: list[bytes]) -> None:
-    for first in range(0, len(keys), 4):
-        rig.put(keys[first : first + 4], parent=keys[first - 1] if first else b"")
-        rig.settle()
-    effects, removal = rig.core.evict(Tier.DRAM, b"", 0, False, rig.now)
-    rig.apply(effects)
-    assert removal.waiting == 0
 
 
 def test_commit_starts_writing_behind_at_once(tiers: Rig) -> None:
@@ -70,165 +60,6 @@ def test_failed_write_is_tried_again_then_acknowledged_as_memory(tiers: Rig) -> 
     assert tiers.core.counters["evicted_without_ssd_blocks"] == 1
 
 
-def test_blocks_come_back_from_ssd_in_chain_order(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:8])
-    assert tiers.directory.match(b"".join(A[:8])).tolist() == [Tier.SSD] * 8
-    request = tiers.acquire(A[:8], timeout_s=5.0)
-    assert len(tiers.disk.reads) == 8
-    assert (1, request) not in tiers.answers
-    for op in tiers.disk.reads[1:4]:
-        tiers.end_read(op)
-    assert (1, request) not in tiers.answers
-    tiers.end_read(tiers.disk.reads[0])
-    (granted,) = tiers.answers[1, request]
-    assert isinstance(granted, Granted)
-    assert [(run.first, run.count, run.source) for run in granted.runs] == [(0, 4, Tier.SSD)]
-    tiers.settle()
-    assert tiers.end(request) == End(8, EndReason.COMPLETE)
-    tiers.check_bytes(request, A)
-    tiers.release(request)
-    assert tiers.directory.match(b"".join(A[:8])).tolist() == [Tier.DRAM] * 8
-
-
-def test_acquire_without_time_takes_what_dram_has(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:4])
-    tiers.get(A[:2])
-    request = tiers.acquire(A[:4])
-    assert tiers.end(request) == End(2, EndReason.TIMED_OUT)
-    assert not tiers.disk.reads
-    tiers.release(request)
-
-
-def test_reads_in_flight_have_a_limit_and_the_oldest_lease_goes_first() -> None:
-    rig = Rig(16, 64, reads_in_flight_max=2)
-    rig.open()
-    put_on_ssd_only(rig, A[:4])
-    put_on_ssd_only(rig, B[:4])
-    first = rig.acquire(A[:4], timeout_s=5.0)
-    second = rig.acquire(B[:4], timeout_s=5.0)
-    assert [op.key for op in rig.disk.reads] == A[:2]
-    rig.end_read(rig.disk.reads[0])
-    rig.end_read(rig.disk.reads[0])
-    assert [op.key for op in rig.disk.reads] == A[2:4]
-    rig.settle()
-    assert rig.end(first) == rig.end(second) == End(4, EndReason.COMPLETE)
-    rig.check()
-
-
-def test_two_acquires_share_a_load(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:4])
-    requests = [tiers.acquire(A[:4], timeout_s=5.0) for _ in range(3)]
-    assert len(tiers.disk.reads) == 4
-    tiers.release(requests[1])
-    assert tiers.end(requests[1]) == End(0, EndReason.RELEASED)
-    tiers.settle()
-    assert tiers.end(requests[0]) == tiers.end(requests[2]) == End(4, EndReason.COMPLETE)
-    tiers.release(requests[0])
-    tiers.release(requests[2])
-
-
-def test_I1_corrupt_block_is_a_miss_and_is_dropped(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:4])
-    at = SsdRecord.decode(A[2], tiers.disk.index[A[2]]).ssd_offset
-    tiers.disk.data[at + 5] ^= 1
-    request = tiers.acquire(A[:4], timeout_s=5.0)
-    tiers.settle()
-    assert tiers.end(request) == End(2, EndReason.CORRUPT)
-    assert tiers.core.counters["corrupt_blocks"] == 1
-    assert A[2] not in tiers.disk.index
-    tiers.release(request)
-    assert tiers.get(A[:4]) == (2, EndReason.CORRUPT)
-    assert tiers.put(A[:4]) == bytes([HAVE, HAVE, SLOT, HAVE])
-    tiers.settle()
-    assert tiers.get(A[:4]) == (4, EndReason.COMPLETE)
-
-
-def test_failed_read_is_counted_and_a_miss(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:2])
-    request = tiers.acquire(A[:2], timeout_s=5.0)
-    tiers.end_read(tiers.disk.reads[1], fail=True)
-    tiers.settle()
-    assert tiers.end(request) == End(1, EndReason.CORRUPT)
-    assert tiers.core.counters["ssd_read_errors"] == 1
-    tiers.release(request)
-
-
-def test_acquire_ends_at_its_deadline(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:3])
-    request = tiers.acquire(A[:3], timeout_s=2.0)
-    tiers.end_read(tiers.disk.reads[0])
-    assert tiers.core.next_deadline() == 2.0
-    tiers.tick(2.0)
-    assert tiers.end(request) == End(1, EndReason.TIMED_OUT)
-    tiers.settle()
-    tiers.release(request)
-    assert tiers.get(A[:3]) == (3, EndReason.COMPLETE)
-
-
-def test_acquire_larger_than_dram_ends_for_want_of_space(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:12])
-    request = tiers.acquire(A[:12], timeout_s=5.0)
-    while tiers.disk.pending:
-        tiers.disk_step()
-    assert tiers.end(request) == End(8, EndReason.NO_SPACE)
-    tiers.check_bytes(request, A)
-    tiers.release(request)
-
-
-def test_load_waits_for_space_until_its_deadline(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:4])
-    tiers.put(B[:4])
-    tiers.put(B[4:8], parent=B[3])
-    tiers.settle()
-    lease = tiers.acquire(B[:8])
-    starved = tiers.acquire(A[:4], timeout_s=2.0)
-    served = tiers.acquire(A[:4], timeout_s=9.0)
-    assert not tiers.disk.reads
-    tiers.tick(2.0)
-    assert tiers.end(starved) == End(0, EndReason.NO_SPACE)
-    tiers.release(lease, 4, 4)
-    tiers.settle()
-    assert tiers.end(served) == End(4, EndReason.COMPLETE)
-    tiers.release(lease)
-    tiers.release(served)
-
-
-def test_releasing_a_running_acquire_cancels_the_rest(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:4])
-    request = tiers.acquire(A[:4], timeout_s=9.0)
-    tiers.end_read(tiers.disk.reads[0])
-    tiers.release(request, 0, 1)
-    assert tiers.end(request) is None
-    tiers.end_read(tiers.disk.reads[0])
-    tiers.release(request, 1, 3)
-    assert tiers.end(request) == End(2, EndReason.RELEASED)
-    tiers.settle()
-    assert tiers.core.pinned_blocks() == 0
-
-
-def test_prefetch_loads_without_pinning(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:4])
-    request = tiers.next_id()
-    tiers.apply(tiers.core.prefetch(1, request, tiers.ns, b"".join(A[:6]), b"", 0.0))
-    assert tiers.answers[1, request] == [Prefetched(4)]
-    assert tiers.core.pinned_blocks() == 0
-    tiers.settle()
-    assert tiers.end(tiers.acquire(A[:4])) == End(4, EndReason.COMPLETE)
-
-
-def test_prefetch_waits_for_space(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:2])
-    tiers.put(B[:8])
-    tiers.settle()
-    lease = tiers.acquire(B[:8])
-    tiers.apply(tiers.core.prefetch(1, 99, tiers.ns, A[0], b"", 0.0))
-    assert not tiers.disk.reads
-    assert not tiers.core.idle()
-    tiers.release(lease)
-    assert len(tiers.disk.reads) == 1
-    tiers.settle()
-
-
 def test_burst_beyond_dram_loses_nothing(tiers: Rig) -> None:
     long = chain("burst", 24)
     pick = shuffled(7)
@@ -250,7 +81,7 @@ def test_burst_beyond_dram_loses_nothing(tiers: Rig) -> None:
 def test_full_ssd_evicts_its_oldest_leaves_and_removal_comes_before_reuse() -> None:
     rig = Rig(4, 8)
     rig.open()
-    put_on_ssd_only(rig, A[:8])
+    rig.put_on_ssd_only(A[:8])
     rig.put(B[:2])
     assert [op.key for op in rig.disk.drops] == [A[7], A[6]]
     assert not rig.disk.writes
@@ -284,7 +115,7 @@ def test_ssd_smaller_than_dram_gives_up_rather_than_writing_in_circles() -> None
 def test_ssd_of_protected_blocks_only_gives_new_ones_up() -> None:
     rig = Rig(4, 2)
     rig.open()
-    put_on_ssd_only(rig, A[:2])
+    rig.put_on_ssd_only(A[:2])
     rig.put(A[2:4], parent=A[1])
     rig.settle()
     assert rig.core.counters["ssd_given_up_blocks"] == 2
@@ -304,7 +135,7 @@ def test_evict_demotes_first_and_what_is_being_written_follows(tiers: Rig) -> No
 
 
 def test_evict_from_ssd_keeps_last_copies_unless_told(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:4])
+    tiers.put_on_ssd_only(A[:4])
     tiers.get(A[:2])
     effects, removal = tiers.core.evict(Tier.SSD, b"", 0, False, 0.0)
     tiers.apply(effects)
@@ -321,7 +152,7 @@ def test_evict_from_ssd_keeps_last_copies_unless_told(tiers: Rig) -> None:
 
 
 def test_purge_while_reading_and_writing(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:3])
+    tiers.put_on_ssd_only(A[:3])
     waiting = tiers.acquire(A[:3], timeout_s=9.0)
     tiers.put(B[:2])
     effects, removal = tiers.core.purge(None, 0.0)
@@ -337,7 +168,7 @@ def test_purge_while_reading_and_writing(tiers: Rig) -> None:
 
 
 def test_purge_of_blocks_that_a_lease_waits_for(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:3])
+    tiers.put_on_ssd_only(A[:3])
     tiers.put(B[:8])
     tiers.settle()
     lease = tiers.acquire(B[:8])
@@ -349,20 +180,8 @@ def test_purge_of_blocks_that_a_lease_waits_for(tiers: Rig) -> None:
     assert tiers.core.usage()[0].free_bytes == 8 * BLOCK
 
 
-def test_quarantined_client_hears_no_more_of_its_loads(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:3])
-    waiting = tiers.acquire(A[:3], timeout_s=9.0)
-    tiers.end_read(tiers.disk.reads[0])
-    tiers.apply(tiers.core.session_quarantined(1, 0.0))
-    assert tiers.end(waiting) == End(1, EndReason.RELEASED)
-    assert tiers.core.pinned_blocks() == 1
-    tiers.settle()
-    tiers.apply(tiers.core.session_settled(1, 0.0))
-    assert tiers.core.pinned_blocks() == 0
-
-
 def test_stored_again_while_the_old_copy_is_being_removed(tiers: Rig) -> None:
-    put_on_ssd_only(tiers, A[:1])
+    tiers.put_on_ssd_only(A[:1])
     effects, _ = tiers.core.evict(Tier.SSD, A[0], 0, True, 0.0)
     tiers.apply(effects)
     assert tiers.put(A[:1]) == bytes([SLOT])
@@ -378,7 +197,7 @@ def test_requests_that_are_not_out_cannot_end(tiers: Rig) -> None:
     tiers.settle()
     with pytest.raises(InternalError, match="write"):
         tiers.core.write_done(write, True, 0.0)
-    put_on_ssd_only(tiers, B[:1])
+    tiers.put_on_ssd_only(B[:1])
     request = tiers.acquire(B[:1], timeout_s=1.0)
     (read,) = tiers.disk.reads
     tiers.settle()
@@ -449,12 +268,3 @@ def test_I7_full_table_forgets_the_oldest_blocks_on_ssd() -> None:
         rig.settle()
         rig.check()
     assert len(rig.disk.index) == 8
-
-
-def test_acquires_and_loads_beyond_the_waiting_limit_are_refused() -> None:
-    rig = Rig(8, 32, waiting_max=1)
-    rig.open()
-    put_on_ssd_only(rig, A[:2])
-    rig.acquire(A[:2], timeout_s=5.0)
-    assert isinstance(rig.failure(rig.acquire(A[:2], timeout_s=5.0)), ResourceExhaustedError)
-    rig.settle()
