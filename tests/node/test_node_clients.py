@@ -6,9 +6,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc
 import pytest
 
-from tests.node.rig import BUSY, SLOT, LocalNode, RawSession, hello_message, keys_of, until
+from tests.node.rig import (
+    BLOCK_BYTES,
+    BUSY,
+    MEMORY,
+    SLOT,
+    SPEC,
+    LocalNode,
+    RawSession,
+    hello_message,
+    keys_of,
+    until,
+)
 
 HOLDER = """
 import asyncio, sys
@@ -130,3 +142,47 @@ async def test_process_that_ends_before_its_stream(node: LocalNode) -> None:
     assert counts(node) == (8, 16 * 16384)
     await session.lose()
     await until(lambda: counts(node) == (0, 0), timeout_s=1.0)
+
+
+async def test_I7_lost_sessions_that_hold_nothing_are_no_more(
+    make_node: Callable[..., LocalNode],
+) -> None:
+    node = make_node(sessions_max=4)
+    await node.start()
+    for _ in range(40):  # more than the node keeps, open and lost together
+        session = await RawSession.open(node.address)
+        await session.lose()
+        await until(lambda: node.node.clients.open_count == 0)
+    await (await RawSession.open(node.address)).goodbye()
+
+
+async def test_I7_process_that_never_settles_takes_no_session_from_others(
+    make_node: Callable[..., LocalNode],
+) -> None:
+    node = make_node(sessions_max=32)
+    await node.start()
+    ids = iter(range(1000))
+    refused: list[grpc.aio.AioRpcError] = []
+    for _ in range(200):  # the node keeps 128, open and lost together
+        session = RawSession(node.address)
+        name = f"client-{next(ids)}"
+        try:
+            response = await session.call(hello=hello_message(client_id=name))
+        except grpc.aio.AioRpcError as error:
+            refused.append(error)
+        else:
+            session.welcome = response.welcome
+            await session.open_namespace(SPEC)
+            await session.reserve(keys_of(1, next(ids)))
+        await session.lose()
+        await until(lambda: node.node.clients.open_count == 0)
+    assert len(refused) == 198
+    assert {error.code() for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert "settle" in (refused[0].details() or "")
+    other = await RawSession.open(node.address, pid=0, client_id="other")
+    assert await other.put(keys_of(2, 5000)) == bytes([MEMORY] * 2)
+    await other.goodbye()
+    back = await RawSession.open(node.address, client_id="client-0", settled=True)
+    assert node.usage().quarantined_bytes == BLOCK_BYTES
+    await back.goodbye()
+    await (await RawSession.open(node.address)).goodbye()

@@ -7,6 +7,8 @@ from typing import Generic, Protocol, TypeVar
 from kvstore.core.effects import Effects
 from kvstore.errors import ResourceExhaustedError
 
+LOST_PER_PROCESS = 16  # sessions that may be open, for each lost one that a process may leave
+
 
 class Sight(Enum):
     """What the node can see of a client's process."""
@@ -22,6 +24,7 @@ class ClientSession:
 
     id: int
     client_id: str
+    process: str = ""  # whose it is, for the limit on lost sessions
     lost: bool = False  # the stream has ended without a Goodbye
     settles_at: float | None = None  # when the quarantine ends, where the process is unseen
 
@@ -41,19 +44,25 @@ class SessionCore(Protocol):
     def session_quarantined(self, session_id: int, now: float) -> Effects:
         """The stream is lost, the process may live."""
 
+    def session_holds(self, session_id: int) -> bool:
+        """Whether it has slots or pins."""
+
 
 class ClientSessions(Generic[SessionT]):
     """All sessions from their Hello until nothing that they held can be in use any more.
 
     After its stream, a session holds its space until the process is gone as well; where the
     process cannot be seen, for ``quarantine_s``. A client that says it is settled ends that wait.
-    ``now`` is monotonic seconds. What to do with a session is returned as the core's effects.
+    Lost sessions are limited for each process, so that one that never settles takes the node's
+    sessions from nobody else. ``now`` is monotonic seconds. What to do with a session is returned
+    as the core's effects.
     """
 
     def __init__(self, core: SessionCore, *, quarantine_s: float, sessions_max: int) -> None:
         self._core = core
         self._quarantine_s = quarantine_s
         self._sessions_max = sessions_max
+        self._lost_max = max(1, sessions_max // LOST_PER_PROCESS)
         self._sessions: dict[int, SessionT] = {}
 
     @property
@@ -69,11 +78,20 @@ class ClientSessions(Generic[SessionT]):
         """Those of one client: what its word that it is settled speaks of."""
         return [s for s in self._sessions.values() if s.client_id == client_id]
 
-    def open(self, session: SessionT) -> None:
-        """Lets a client in; ResourceExhaustedError at the limit of sessions."""
+    def open(self, session: SessionT, *, returns: bool = False) -> None:
+        """Lets a client in; ``returns``: it has just settled a lost session of its own.
+
+        ResourceExhaustedError at the limit of sessions, or of lost ones of its process.
+        """
         if self.open_count >= self._sessions_max:
             raise ResourceExhaustedError(
                 f"{self._sessions_max} sessions are open; close some, or raise sessions_max"
+            )
+        lost = sum(s.lost and s.process == session.process for s in self._sessions.values())
+        if lost >= self._lost_max and not returns:
+            raise ResourceExhaustedError(
+                f"{lost} lost sessions of this process still hold blocks; settle them (reconnect "
+                "as the client that lost them), or end the process"
             )
         self._core.open_session(session.id)
         self._sessions[session.id] = session
@@ -87,7 +105,10 @@ class ClientSessions(Generic[SessionT]):
             return self.settle(session, now)
         if sight is Sight.UNSEEN:
             session.settles_at = now + self._quarantine_s
-        return self._core.session_quarantined(session.id, now)
+        effects = self._core.session_quarantined(session.id, now)
+        if not self._core.session_holds(session.id):
+            effects.extend(self.settle(session, now))
+        return effects
 
     def process_ended(self, session: SessionT, now: float) -> Effects:
         """Its stream may live on in a child that shares the mapping, and then its end counts."""

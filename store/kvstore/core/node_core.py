@@ -132,6 +132,11 @@ class NodeCore:
             self._acquires.stop_waiting(session)
         return self._finish(now)
 
+    def session_holds(self, session_id: int) -> bool:
+        """Whether a session has slots or pins."""
+        session = self._sessions.get(session_id)
+        return session is not None and bool(session.leases or session.reservations)
+
     def sessions(self) -> int:
         """Open ones, without those in quarantine."""
         return sum(not session.quarantined for session in self._sessions.values())

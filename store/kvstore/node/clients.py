@@ -63,19 +63,22 @@ class Clients:
             raise InvalidArgumentError(
                 f"Hello needs a client_id, and names of at most {NAME_CHARS_MAX} characters"
             )
+        returns = False
         if hello.settled:
             for older in self._sessions.of_client(hello.client_id):
+                returns |= older.lost
                 self.settle(older)
                 if not older.lost:
                     older.end_stream(PreconditionError("this client says it is settled elsewhere"))
         client = Client(
             next(self._ids),
             hello.client_id,
+            _process_of(hello),
             name=hello.name,
             engine_id=hello.engine_id,
             end_stream=end_stream,
         )
-        self._sessions.open(client)
+        self._sessions.open(client, returns=returns)
         client.watch = ProcessWatch(
             hello.pid,
             hello.pid_namespace,
@@ -94,11 +97,11 @@ class Clients:
         self._driver.sinks.pop(client.id, None)
         self._driver.apply(self._sessions.stream_ended(client, sight, self._driver.now()))
         log.info("client %s (%s) lost its stream, process %s", *_label(client), sight.value)
-        if client.settles_at is not None:
+        if not self._sessions.holds(client):
+            self._forget(client)
+        elif client.settles_at is not None:
             loop = asyncio.get_running_loop()
             client.timer = loop.call_at(client.settles_at, self.settle, client)
-        elif not self._sessions.holds(client):
-            self._forget(client)
 
     def goodbye(self, client: Client) -> None:
         """The client said that it holds nothing any more."""
@@ -135,6 +138,13 @@ class Clients:
             client.watch.close()
         if client.timer is not None:
             client.timer.cancel()
+
+
+def _process_of(hello: node_pb2.Hello) -> str:
+    """The process as it names itself; a client that cannot name its own stands for itself."""
+    if not hello.pid or not hello.pid_namespace:
+        return hello.client_id
+    return f"{hello.pid_namespace}:{hello.pid}:{hello.process_start_ticks}"
 
 
 def _label(client: Client) -> tuple[str, str]:
