@@ -10,26 +10,20 @@ import grpc
 from kvstore_proto import master_pb2, master_pb2_grpc
 
 from kvstore.core.keys import KEY_BYTES
-from kvstore.core.types import Tier
 from kvstore.errors import (
-    InvalidArgumentError,
     PreconditionError,
     ResourceExhaustedError,
     UnavailableError,
 )
 from kvstore.master.cluster import Cluster
-from kvstore.master.membership import Node, NodeLink, NodeState, check_hello
+from kvstore.master.membership import Node, NodeLink, check_hello
 from kvstore.master.messages import check_root, end_value, run_message
 
 log = logging.getLogger(__name__)
 
 LOCATE_KEYS_MAX = 131_072
-RESYNCS_MAX = 3
 HELLO_TIMEOUT_S = 10.0
 LAST_WRITE_S = 1.0
-PROBLEMS_MAX = 8  # of one node
-PROBLEM_CHARS_MAX = 1024
-INDEXED_TIERS = (Tier.HBM, Tier.DRAM, Tier.SSD)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -61,33 +55,16 @@ class MasterService(master_pb2_grpc.MasterServicer):
                 raise
             raise UnavailableError(f"the master ended this session: {link.ended_because}") from None
         finally:
-            self._cluster.leave(link)
+            self._cluster.index.leave(link)
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
 
     async def _take(self, node: Node, link: NodeLink, report: master_pb2.NodeReport) -> None:
         kind = report.WhichOneof("report")
         self._cluster.metrics.reports.labels(kind or "none").inc()
-        node.last_seen = time.monotonic()
-        match kind:
-            case "namespace":
-                await self._take_namespace(report.namespace)
-            case "inventory":
-                self._take_inventory(link, report.inventory)
-            case "inventory_end":
-                self._end_inventory(node, link, report.inventory_end.blocks)
-            case "delta":
-                self._index(link.node_id, report.delta)
-            case "heartbeat":
-                node.sessions = report.heartbeat.sessions
-                node.tiers = list(report.heartbeat.tiers)
-                node.problems = [
-                    text[:PROBLEM_CHARS_MAX] for text in report.heartbeat.problems[:PROBLEMS_MAX]
-                ]
-            case "result":
-                link.resolve(report.result)
-            case "hello":
-                raise PreconditionError("a session has one hello, the first report")
+        self._cluster.index.take(node, link, report, time.monotonic())
+        if kind == "namespace":
+            await self._take_namespace(report.namespace)
 
     async def _take_namespace(self, report: master_pb2.NamespaceReport) -> None:
         check_root(report.root)
@@ -95,55 +72,6 @@ class MasterService(master_pb2_grpc.MasterServicer):
             await self._cluster.add_namespace(report)
         except ResourceExhaustedError as error:
             log.warning("namespace %s is not kept: %s", report.root.hex(), error)
-
-    def _take_inventory(self, link: NodeLink, events: master_pb2.BlockEvents) -> None:
-        self._restart_inventory(link)
-        link.inventory_keys += len(events.stored) // KEY_BYTES
-        self._index(link.node_id, events)
-
-    def _restart_inventory(self, link: NodeLink) -> None:
-        if link.restart_inventory:
-            link.restart_inventory = False
-            link.inventory_keys = 0
-            self._cluster.forget_blocks(link.node_id)
-
-    def _end_inventory(self, node: Node, link: NodeLink, sent: int) -> None:
-        """Checks that everything arrived; if not, asks for the whole inventory again."""
-        self._restart_inventory(link)
-        if link.inventory_keys == sent:
-            node.state = NodeState.READY
-            log.info("node %s is ready with %d blocks", link.node_id, sent)
-            return
-        log.error("node %s sent %d blocks, %d came", link.node_id, sent, link.inventory_keys)
-        link.resyncs += 1
-        self._cluster.metrics.resyncs.inc()
-        if link.resyncs > RESYNCS_MAX:
-            raise InvalidArgumentError(
-                f"the inventory of {link.inventory_keys} blocks does not add up to the {sent} that "
-                f"its end names, {link.resyncs} times in a row"
-            )
-        link.restart_inventory = True
-        link.send(master_pb2.Directive(resync=master_pb2.Resync()))
-
-    def _index(self, node_id: str, events: master_pb2.BlockEvents) -> None:
-        """Applies what changed in one tier: cleared, then removed, then stored."""
-        check_root(events.root)
-        if int(events.tier) not in INDEXED_TIERS:
-            raise InvalidArgumentError(
-                f"blocks cannot be in tier {events.tier}; take HBM, DRAM, SSD"
-            )
-        locations = self._cluster.locations
-        name = (node_id, Tier(events.tier), events.root, events.engine_id)
-        if events.cleared:
-            locations.clear(locations.place(*name))
-        place = locations.place(*name)
-        if events.removed:
-            locations.removed(place, events.removed)
-        if refused := locations.stored(place, events.stored) if events.stored else 0:
-            self._cluster.metrics.refused.inc(refused)
-        if len(self._cluster.watchers):
-            events.node_id = node_id
-            self._cluster.watchers.publish(events)
 
     async def Locate(  # noqa: N802
         self, request: master_pb2.LocateRequest, context: Context
