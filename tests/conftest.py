@@ -1,21 +1,37 @@
-"""Shows the lines of the fault suites at the end of a run."""
+"""Plants the bug that is asked for, and shows the lines of the fault suites at the end of a run."""
+
+import os
+from pathlib import Path
 
 import pytest
 
+from tests.faults.daemons import PLANTED
 from tests.faults.report import PROPERTY
+
+LINES_FILE = "KVSTORE_SUITE_LINES"  # a file to which the lines are written as well
+
+
+def pytest_sessionstart() -> None:
+    """In every process that runs tests, before it imports one."""
+    if name := os.environ.get(PLANTED):
+        from tests.faults.planted import plant
+
+        plant(name)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line a suite, from every process that ran tests."""
-    lines = [
+    lines = sorted(
         str(value)
         for reports in terminalreporter.stats.values()
         for report in reports
         if getattr(report, "when", "") == "call"
         for name, value in getattr(report, "user_properties", ())
         if name == PROPERTY
-    ]
+    )
     if lines:
         terminalreporter.section("fault suites")
-        for line in sorted(lines):
+        for line in lines:
             terminalreporter.write_line(line)
+    if path := os.environ.get(LINES_FILE):
+        Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

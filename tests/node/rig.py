@@ -8,7 +8,6 @@ import random
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,8 @@ from kvstore.node.process_watch import own_pid_namespace, start_ticks
 from kvstore.node.service import NodeService
 from kvstore.node.settings import NodeConfig
 from kvstore_proto import node_pb2, node_pb2_grpc
+
+from tests.faults.daemons import daemon_command
 
 TIMEOUT_S = 10.0
 BLOCK_BYTES = 16384
@@ -109,7 +110,7 @@ class Daemon:
         self.folder = folder
         self.socket = folder / "node.sock"
         self.address = f"unix:{self.socket}"
-        command = [sys.executable, "-m", "kvstore.node.daemon", "--data-dir", str(folder / "data")]
+        command = [*daemon_command("kvstore.node.daemon"), "--data-dir", str(folder / "data")]
         command += ["--pool-dir", str(folder), "--dram", "4MiB", "--ssd", "16MiB"]
         command += ["--listen", self.address, "--metrics-listen", "", *flags]
         self.process = subprocess.Popen(

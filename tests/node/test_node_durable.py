@@ -82,3 +82,23 @@ def test_I8_killed_write_leaves_old_or_new(tmp_path: Path, step: str, expected: 
     )
     assert done.returncode == -signal.SIGKILL
     assert path.read_bytes() == expected
+
+
+def test_I3_order_is_file_then_name_then_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        steps.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+
+    def replace(source: Path, target: Path) -> None:
+        steps.append(f"rename to {target.name}")
+        os.rename(source, target)
+
+    monkeypatch.setattr("kvstore.durable.os.fsync", fsync)
+    monkeypatch.setattr("kvstore.durable.os.replace", replace)
+    write_durably(tmp_path / "file", b"new")
+    temporary, renamed, directory = steps
+    assert temporary.startswith("fsync .file.")
+    assert (renamed, directory) == ("rename to file", f"fsync {tmp_path.name}")
