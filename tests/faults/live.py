@@ -16,15 +16,11 @@ from typing import Any, Self
 import grpc
 from kvstore_proto import node_pb2, node_pb2_grpc
 
-from tests.faults.daemons import PLANTED, daemon_command
-from tests.faults.planted import plant
+from tests.faults.daemons import daemon_command
 
 READY_TIMEOUT_S = 30.0
 HEAL_TIMEOUT_S = 5.0  # I9, besides two heartbeats
 MIB = 1 << 20
-
-if PLANTED in os.environ:  # bugs of the client live in this process
-    plant(os.environ[PLANTED])
 
 
 async def until(condition: Callable[[], bool], timeout_s: float, what: str) -> float:

@@ -72,6 +72,11 @@ class Load:
             except (UnavailableError, DeadlineError):
                 await worker.reconnect()
 
+    @property
+    def harmed(self) -> bool:
+        """Whether a promise was broken: there is no use in going on."""
+        return bool(self.lost or self.ledger.wrong or self.broken)
+
     def resume(self) -> None:
         """Lets the workers go on."""
         self._going.set()
