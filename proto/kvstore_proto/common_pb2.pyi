@@ -72,6 +72,8 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     """the client released the request before it ended"""
     END_REASON_PURGED: _EndReason.ValueType  # 9
     """an administrator removed the next block"""
+    END_REASON_NOT_ADMITTED: _EndReason.ValueType  # 10
+    """it left DRAM, and SSD admission had passed it over"""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper):
     """Why the cached prefix of a prompt ended where it did."""
@@ -95,6 +97,8 @@ END_REASON_RELEASED: EndReason.ValueType  # 8
 """the client released the request before it ended"""
 END_REASON_PURGED: EndReason.ValueType  # 9
 """an administrator removed the next block"""
+END_REASON_NOT_ADMITTED: EndReason.ValueType  # 10
+"""it left DRAM, and SSD admission had passed it over"""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
 
 class _AckLevel:

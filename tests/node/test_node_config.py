@@ -134,6 +134,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     "bad",
     [
         {"dram": 4095},
+        {"ssd_admission": "sometimes"},
         {"ssd": 1},
         {"quarantine_s": -1.0},
         {"sessions_max": 0},

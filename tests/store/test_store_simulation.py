@@ -36,6 +36,7 @@ class Simulation:
         self.chains += [self.chains[0][:6] + chain(f"{seed} fork", 6)]
         self.ssd_blocks = self.random.choice([0, 6, 40])
         self.policy = self.random.choice(["lru", "s3fifo"])
+        self.admission = self.random.choice(["always", "second-use", "reuse"])
         self.rig = self._rig(None)
         self.committed: set[bytes] = set()
         self.synced: dict[int, tuple[int, list[bytes]]] = {}  # commits that asked for SYNCED
@@ -49,6 +50,7 @@ class Simulation:
             disk=disk,
             dram_policy=self.policy,
             ssd_policy=self.policy,
+            ssd_admission=self.admission,
             reads_in_flight_max=3,
             writes_in_flight_max=4,
             shard_timeout_s=5.0,

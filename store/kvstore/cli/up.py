@@ -31,6 +31,14 @@ def up(
     ] = DEFAULT_DATA_DIR,
     dram: Annotated[str, size_option("--dram", "Size of the DRAM tier, in /dev/shm.")] = "1GiB",
     ssd: Annotated[str, size_option("--ssd", "Size of the SSD tier; 0: none.")] = "8GiB",
+    ssd_admission: Annotated[
+        str,
+        typer.Option(
+            metavar="POLICY",
+            help="Which blocks are written to SSD: always, second-use (once used again), or "
+            "reuse (what is used more than what it displaces).",
+        ),
+    ] = NodeConfig.ssd_admission,
     scrub_mb_s: Annotated[
         float,
         typer.Option(
@@ -82,6 +90,7 @@ def up(
     ]
     node += ["--dram", dram, "--ssd", ssd, "--pool-dir", pool_dir, *shared]
     node += ["--metrics-listen", metrics_listen, "--scrub-mb-s", str(scrub_mb_s)]
+    node += ["--ssd-admission", ssd_admission]
 
     def show(endpoints: dict[str, str]) -> None:
         if as_json:

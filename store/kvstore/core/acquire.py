@@ -86,6 +86,7 @@ class Acquires:
         self.waiting[lease] = session
         np.add.at(self.blocks.table.pins, rows, 1)
         self._touch(rows)
+        self.transfers.demotion.used(rows)
         self.blocks.count("acquires")
         self.blocks.count("acquired_keys", len(keys))
         self._advance(lease)

@@ -327,6 +327,7 @@ class NodeCore:
         Leaves first; without ``drop`` a last copy stays until it is on SSD.
         """
         removal = evict_blocks(self._tiering, tier, split_keys(keys), max_bytes, drop=drop)
+        self._transfers.demotion.insist(np.fromiter(self._tiering.leaving, np.int64))
         return self._finish(now), removal
 
     def purge(self, root: bytes | None, now: float) -> tuple[Effects, Removal]:
@@ -374,6 +375,7 @@ class NodeCore:
         """AssertionError if space, pins, links or lists do not add up; slow."""
         self._blocks.check()
         self._fills.check()
+        self._transfers.demotion.check()
         pins = np.zeros_like(self._blocks.table.pins)
         for session in self._sessions.values():
             for lease in session.leases.values():

@@ -90,13 +90,15 @@ class Reserves:
         good = self.fills.commit(reservation, rows, checksums[mine], now)
         levels = np.zeros(len(indices), dtype=np.uint8)
         levels[mine[good]] = AckLevel.MEMORY
-        self.transfers.queue_writes(self.fills.completed)
         self._close_if_done(session, reservation)
         ack = _Acknowledgement(session.id, request_id, bytearray(levels.tobytes()))
         if level > AckLevel.MEMORY and self.blocks.ssd:
             for place, row in zip(mine[good].tolist(), rows[good].tolist(), strict=True):
                 self._acks.setdefault(row, []).append((ack, place))
                 ack.missing += 1
+        stored = self.fills.completed
+        waited_for = np.fromiter((row in self._acks for row in stored.tolist()), np.bool_)
+        self.transfers.demotion.stored(stored, waited_for)
         if not ack.missing:
             self._reply(session.id, request_id, Committed(bytes(ack.levels)))
 
@@ -194,6 +196,7 @@ class Reserves:
                     statuses[i] = ReserveStatus.SLOT
         part = slice(reservation.next, reservation.next + done)
         slots = statuses[:done] == ReserveStatus.SLOT
+        self.transfers.demotion.used(rows[:done][statuses[:done] == ReserveStatus.HAVE])
         reservation.statuses[part] = statuses[:done]
         reservation.rows[part] = np.where(slots, rows[:done], NO_ROW)
         reservation.open[part] = slots

@@ -88,6 +88,13 @@ class SlotSpace:
         span = self._span_segments(slot_bytes)
         return (self.segments // span) * (span * self.segment_bytes // slot_bytes) if span else 0
 
+    def room(self, slot_bytes: int) -> int:
+        """How many slots of this size can be had without taking any from others."""
+        cls = self._class(slot_bytes)
+        usable = len(cls.owned) * cls.span_segments
+        unowned = self._owner[:usable].reshape(-1, cls.span_segments) < 0
+        return cls.free_count + int(unowned.all(axis=1).sum()) * cls.slots_per_span
+
     def allocate(self, slot_bytes: int, count: int) -> tuple[Offsets, list[tuple[int, int]]]:
         """Up to ``count`` slots, ascending where possible, now pending.
 

@@ -39,6 +39,7 @@ _COLUMNS: dict[str, tuple[type[np.generic], int]] = {
 }
 
 
+NOT_ADMITTED = 255  # of "attempts": passed over by the SSD admission policy
 LIVE = 3  # in both tiers: readable
 
 

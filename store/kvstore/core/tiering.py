@@ -8,7 +8,7 @@ import numpy.typing as npt
 from kvstore.core.blocks import Blocks
 from kvstore.core.forest import closed_under_children, spread_down
 from kvstore.core.slots import Offsets
-from kvstore.core.table import DramState, Mask, Rows, SsdState
+from kvstore.core.table import NOT_ADMITTED, DramState, Mask, Rows, SsdState
 from kvstore.core.types import AckLevel, EndReason
 
 
@@ -85,12 +85,16 @@ class Tiering:
     def evict_dram(self, rows: Rows) -> None:
         """Removes blocks from DRAM, children before parents, and gives their slots back."""
         blocks = self.blocks
-        last = rows[blocks.table.ssd_state[rows] != SsdState.LIVE]
-        blocks.hide_dram(rows, EndReason.EVICTED)
+        alone = blocks.table.ssd_state[rows] != SsdState.LIVE
+        passed_over = alone & (blocks.table.attempts[rows] == NOT_ADMITTED)
+        last = rows[alone]
+        blocks.hide_dram(rows[~passed_over], EndReason.EVICTED)
+        blocks.hide_dram(rows[passed_over], EndReason.NOT_ADMITTED)
         blocks.free_dram(rows, DramState.LIVE)
         blocks.count("evicted_dram_blocks", len(rows))
+        blocks.count("evicted_not_admitted_blocks", int(passed_over.sum()))
         if blocks.ssd:
-            blocks.count("evicted_without_ssd_blocks", len(last))
+            blocks.count("evicted_without_ssd_blocks", len(last) - int(passed_over.sum()))
         if len(last):
             self.on_settled(last, AckLevel.MEMORY)
             blocks.discard(last)

@@ -1,10 +1,10 @@
 """Transfers: write-behind to SSD, loads from it, removals, and what follows when they end."""
 
-from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
 
+from kvstore.core.demotion import Demotion
 from kvstore.core.effects import DropSsd, ReadSsd, WriteSsd
 from kvstore.core.slots import Offsets
 from kvstore.core.ssd_record import SsdRecord
@@ -22,7 +22,8 @@ class Transfers:
         self.blocks = tiering.blocks
         self._reads: dict[int, ReadSsd] = {}
         self._writes: dict[int, WriteSsd] = {}
-        self._dirty: deque[int] = deque()
+        self.demotion = Demotion(tiering)
+        self._dirty = self.demotion.queue
         self._write_bytes = 0
         self._sequence = 0
 
@@ -42,11 +43,6 @@ class Transfers:
 
     # Write-behind
 
-    def queue_writes(self, rows: Rows) -> None:
-        """Blocks in DRAM that shall go to SSD, in chain order."""
-        if self.blocks.ssd:
-            self._dirty.extend(rows.tolist())
-
     def pump_writes(self) -> None:
         """Starts the writes that are due, as far as limits and space go."""
         blocks, config = self.blocks, self.blocks.config
@@ -55,6 +51,10 @@ class Transfers:
             if rows is None:
                 return
             if not len(rows):
+                continue
+            chained = self.demotion.with_ancestors(rows)
+            if len(chained) > len(rows):
+                self._dirty.extendleft(reversed(chained.tolist()))
                 continue
             slot_bytes = int(blocks.slot_bytes[blocks.table.namespace[rows[0]]])
             offsets = self.tiering.allocate_ssd(slot_bytes, len(rows))
@@ -145,7 +145,7 @@ class Transfers:
         table = self.blocks.table
         table.attempts[rows] += np.uint8(1)
         again = table.attempts[rows] < self.blocks.config.write_attempts_max
-        self.queue_writes(rows[again])
+        self._dirty.extend(rows[again].tolist())
         self._give_up(rows[~again])
 
     def _give_up(self, rows: Rows) -> None:
@@ -214,6 +214,6 @@ class Transfers:
         row = np.array([op.row])
         blocks.free_ssd(row, SsdState.DROPPING)
         if table.dram_state[op.row] == DramState.LIVE:
-            self.queue_writes(row)
+            self._dirty.append(op.row)
         else:
             blocks.discard(row)

@@ -33,6 +33,7 @@ class EndReason(IntEnum):
     NO_SPACE = 7
     RELEASED = 8
     PURGED = 9
+    NOT_ADMITTED = 10
 
 
 class AckLevel(IntEnum):
@@ -122,6 +123,7 @@ class CoreConfig:
     segment_bytes: int = 4 << 20  # space changes its size class in these units
     dram_policy: str = "lru"
     ssd_policy: str = "lru"
+    ssd_admission: str = "always"  # which blocks are worth a write to SSD
     ghost_entries: int = 1 << 18  # removed keys whose reason is remembered
     reads_in_flight_max: int = 16  # SSD reads
     writes_in_flight_bytes_max: int = 64 << 20  # SSD writes; one is always let through

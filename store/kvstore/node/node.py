@@ -81,6 +81,7 @@ class Node:
             core_config = CoreConfig(
                 dram_bytes=self.pool.size_bytes,
                 ssd_bytes=page_multiple(config.ssd),
+                ssd_admission=config.ssd_admission,
                 reads_in_flight_max=READS_IN_FLIGHT_MAX,
                 sessions_max=SESSIONS_HELD * config.sessions_max,
             )

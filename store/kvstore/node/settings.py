@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvstore.config import option
+from kvstore.core.admission import check_admission
 from kvstore.core.spec import SLOT_ALIGN_BYTES
 from kvstore.errors import ConfigError
 
@@ -32,6 +33,11 @@ class NodeConfig:
     dram: int = option(1 << 30, text="size of the DRAM tier, like 8GiB", size=True)
     ssd: int = option(0, text="size of the SSD tier, like 64GiB; 0: none", size=True)
     ssd_dir: str = option("", text="directory of the SSD tier; empty: DATA_DIR/ssd")
+    ssd_admission: str = option(
+        "always",
+        text="which blocks are written to SSD: always, second-use (once used again), or reuse "
+        "(while there is room; then what is used more than what it displaces)",
+    )
     scrub_mb_s: float = option(
         8.0, text="how fast SSD blocks are verified in the background, in MB/s; 0: not at all"
     )
@@ -53,6 +59,7 @@ class NodeConfig:
             raise ConfigError(f"ssd is {self.ssd} bytes; take 0 or at least 4KiB")
         if not 0 <= self.quarantine_s < math.inf:
             raise ConfigError(f"quarantine_s is {self.quarantine_s}; take 0 or more")
+        check_admission(self.ssd_admission)
         if not 0 <= self.scrub_mb_s < float("inf"):
             raise ConfigError(f"scrub_mb_s is {self.scrub_mb_s}; take 0 or more")
         if self.sessions_max < 1:

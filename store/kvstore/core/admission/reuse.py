@@ -1,0 +1,55 @@
+"""A block is written to SSD if it is used more often than the copy that gives way to it."""
+
+import numpy as np
+
+from kvstore.core.admission.base import AdmissionPolicy, SsdSpace
+from kvstore.core.admission.sketch import FrequencySketch, Words
+from kvstore.core.table import Mask, Rows, Table
+
+WIDTH = 1 << 18
+SAMPLE_PER_BLOCK = 10
+_SAMPLE_MIN = 10_000
+
+
+class ReusePolicy(AdmissionPolicy):
+    """TinyLFU (see the sketch) in front of the SSD's own eviction policy.
+
+    While the SSD has free space every block is written. Uses are those that the node hears of:
+    stored, acquired, stored again. A use of a chain is one of each of its blocks, so that a block
+    counts at least as often as those behind it.
+    """
+
+    def __init__(self, table: Table, ssd: SsdSpace) -> None:
+        super().__init__(table, ssd)
+        self._sketch = FrequencySketch(WIDTH)
+
+    def stored(self, rows: Rows, returning: Mask) -> Mask:
+        """Those that are worth more than what goes for them."""
+        del returning  # the sketch remembers longer
+        self._count(rows)
+        return self._worth(rows)
+
+    def used(self, rows: Rows, passed_over: Mask) -> Mask:
+        """Those that have become worth more than what goes for them."""
+        self._count(rows)
+        admitted = passed_over.copy()
+        if passed_over.any():
+            admitted[passed_over] = self._worth(rows[passed_over])
+        return admitted
+
+    def _count(self, rows: Rows) -> None:
+        sample = max(_SAMPLE_MIN, SAMPLE_PER_BLOCK * len(self.table))
+        self._sketch.add(self._words(np.unique(rows)), sample)
+
+    def _worth(self, rows: Rows) -> Mask:
+        free, victims = self.ssd.giving_way(rows)
+        worth = np.zeros(len(rows), dtype=np.bool_)
+        worth[:free] = True
+        rivals = slice(free, free + len(victims))
+        theirs = self._sketch.estimate(self._words(victims))
+        worth[rivals] = self._sketch.estimate(self._words(rows[rivals])) > theirs
+        # What is behind a block that stays out would be of no use without it.
+        return np.logical_and.accumulate(worth)
+
+    def _words(self, rows: Rows) -> Words:
+        return self.table.keys[rows].view("<u8")
