@@ -17,7 +17,7 @@ from kvstore_connector.pages import Bytes, PageRows
 from kvstore_connector.saves import Chain, Saves
 from kvstore_connector.store import Connect
 
-HBM_REPORT_S = 0.25
+HBM_REPORT_S = 0.5
 FLUSH_S_MAX = 2.0
 
 

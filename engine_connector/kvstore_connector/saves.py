@@ -62,7 +62,7 @@ def slots_to_fill(statuses: Sequence[int]) -> tuple[list[int], int]:
 
 
 class Saves:
-    """A bounded queue of chains, saved one batch after the other.
+    """A bounded queue of chains, saved one batch of chains after the other.
 
     A page given to ``add`` comes back through the outbox exactly once: as soon as its bytes are
     copied, or when its save is given up. The queue is filled by the engine loop and emptied in the
@@ -127,8 +127,9 @@ class Saves:
     def close(self) -> None:
         """Gives everything back, after a copy that is under way. The link is closed before."""
         self._copier.shutdown(wait=True, cancel_futures=True)
-        while (batch := self._take()) is not None:
-            self._done(batch)
+        while chains := self._take_all():
+            for chain in chains:
+                self._done(chain)
 
     def _enqueue(self, chain: Chain) -> None:
         self._keys.update(chain.keys)
@@ -139,24 +140,31 @@ class Saves:
         elif self._blocks >= self._batch_blocks_max:
             self._link.submit(self._hurry.set)
 
-    def _take(self) -> Chain | None:
-        """The next batch: chains that continue each other are saved together."""
+    def _take_all(self) -> list[Chain]:
+        """What is saved next, side by side: as many chains as one batch has room for."""
         with self._changed:
-            if not self._queue:
-                self._busy = False
-                return None
-            batch = self._queue.popleft()
-            while len(batch.keys) < self._batch_blocks_max:
-                end = batch.keys[-1]
-                more = next((chain for chain in self._queue if chain.parent == end), None)
-                if more is None:
-                    break
-                self._queue.remove(more)
-                batch.keys += more.keys
-                batch.pages += more.pages
-            if len(batch.keys) > self._batch_blocks_max:
-                self._queue.appendleft(batch.split(self._batch_blocks_max))
-            return batch
+            chains: list[Chain] = []
+            room = self._batch_blocks_max
+            while self._queue and room:
+                chains.append(self._take(room))
+                room -= len(chains[-1].keys)
+            self._busy = bool(chains)
+            return chains
+
+    def _take(self, room: int) -> Chain:
+        """The next chain, with those that continue it, up to ``room`` blocks."""
+        chain = self._queue.popleft()
+        while len(chain.keys) < room:
+            end = chain.keys[-1]
+            more = next((other for other in self._queue if other.parent == end), None)
+            if more is None:
+                break
+            self._queue.remove(more)
+            chain.keys += more.keys
+            chain.pages += more.pages
+        if len(chain.keys) > room:
+            self._queue.appendleft(chain.split(room))
+        return chain
 
     def _done(self, batch: Chain) -> None:
         self._give_back(batch)
@@ -185,11 +193,13 @@ class Saves:
 
     async def _run(self) -> None:
         await self._linger()
-        while (batch := self._take()) is not None:
+        while chains := self._take_all():
+            # Side by side, so that one wake-up of either process serves several chains.
             try:
-                await self._try_to_save(batch)
+                await asyncio.gather(*map(self._try_to_save, chains))
             finally:
-                self._done(batch)
+                for chain in chains:
+                    self._done(chain)
 
     async def _try_to_save(self, batch: Chain) -> None:
         saved = 0
