@@ -119,7 +119,12 @@ def test_refusals_exit_with_2(folder: Path, capsys: pytest.CaptureFixture[str]) 
 def test_a_broken_index_exits_with_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.truncate(folder / "index" / "data.mdb", 3 * 4096)
     assert run(str(folder)) == 1
-    assert "empty the directory" in capsys.readouterr().err
+    assert f"kvstore fsck {folder} --repair" in capsys.readouterr().err
+    assert run(str(folder), "--repair") == 1
+    out = capsys.readouterr().out
+    assert "A new index was made of" in out
+    assert "kept as index/data.mdb.damaged" in out
+    assert run(str(folder)) == 0
 
 
 def test_a_terminal_gets_a_bar(

@@ -175,7 +175,7 @@ def test_what_is_no_ssd_directory(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--ssd-dir"):
         run(tmp_path)
     (tmp_path / "index" / "data.mdb").write_bytes(b"\1" * 8192)
-    with pytest.raises(ConfigError, match="SSD index"):
+    with pytest.raises(CorruptError, match="SSD index"):
         run(tmp_path)
     DirectoryLock(tmp_path).release()  # is free again
 
@@ -185,14 +185,64 @@ async def test_an_index_that_is_cut_off(
 ) -> None:
     path = folder / "index" / "data.mdb"
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(CorruptError, match="empty the directory"):
+    with pytest.raises(CorruptError, match=r"fsck .*/data/ssd --repair"):
         run(folder)
     monkeypatch.setattr(ssd_index, "MISSING_BYTES_MAX", 0)
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(CorruptError, match=r"bytes; .* empty the directory"):
+    with pytest.raises(CorruptError, match=r"bytes; .*--repair"):
         run(folder)
-    with pytest.raises(CorruptError, match="empty the directory"):
+    with pytest.raises(CorruptError, match="--repair"):
         await make_node().start()
+
+
+def lose_the_root(path: Path) -> None:
+    """Damages what both transactions of the index begin with, and nothing that it holds."""
+    with open(path, "r+b") as file:
+        for page in (0, 4096):
+            file.seek(page + 16)
+            file.write(b"gone")
+
+
+@pytest.mark.parametrize("damage", [lose_the_root, Path.unlink, lambda path: os.truncate(path, 0)])
+async def test_I8_a_damaged_index_is_rebuilt_of_what_it_held(
+    keys: list[bytes], folder: Path, make_node: MakeNode, damage: Callable[[Path], None]
+) -> None:
+    flip(folder, keys[-1])
+    damage(folder / "index" / "data.mdb")
+    with pytest.raises(CorruptError, match="--repair"):
+        await make_node().start()
+    for repair in (False, False):
+        with pytest.raises(CorruptError, match="--repair"):
+            run(folder, repair=repair)
+    report = run(folder, repair=True)
+    assert "--repair" in report.index_damage
+    kept = BLOCKS - 1 if damage is lose_the_root else 0
+    assert report.records == (BLOCKS if kept else 0)
+    assert count_faults(report.findings) == ({Fault.CORRUPT: 1} if kept else {})
+    assert run(folder).clean
+    node = make_node()
+    await node.start()
+    session = await RawSession.open(node.address)
+    assert (await session.check(keys)).granted == kept
+    await session.put(keys, level=SYNCED)
+    await session.goodbye()
+    await node.stop()
+
+
+async def test_I8_a_rebuild_that_is_killed_is_repeated(
+    keys: list[bytes], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    lose_the_root(folder / "index" / "data.mdb")
+    for step in ("link", "replace"):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, step, killed)
+            with pytest.raises(KeyboardInterrupt):
+                run(folder, repair=True)
+    assert run(folder, repair=True).records == BLOCKS
+    assert run(folder).clean
 
 
 async def test_an_index_that_cannot_be_opened(keys: list[bytes], folder: Path) -> None:

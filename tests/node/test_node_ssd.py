@@ -10,7 +10,7 @@ import xxhash
 from kvstore.core.effects import DropSsd, ReadSsd, WriteSsd
 from kvstore.core.ssd_record import NO_PARENT, SsdRecord, decode_many
 from kvstore.core.types import IoOutcome
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, CorruptError
 from kvstore.faultpoint import enable_faultpoints
 from kvstore.node import ssd_file
 from kvstore.node.pool import SharedFile
@@ -51,9 +51,9 @@ class Rig:
         self.pool = SharedFile(folder / f"pool-{os.urandom(4).hex()}", POOL)
         self.memory = memoryview(self.pool.map)
         self.reports = Reports()
+        self.index = SsdIndex(folder, CAPACITY // PAGE, "node-1")
         self.file = SsdFile(folder, CAPACITY)
         self.file.probe(self.memory)
-        self.index = SsdIndex(folder, CAPACITY // PAGE, "node-1")
         self.tier = SsdTier(self.file, self.index, self.memory, self.reports)
 
     def close(self) -> None:
@@ -331,5 +331,5 @@ def test_index_belongs_to_one_node_and_format(tmp_path: Path) -> None:
 def test_index_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "data.mdb").write_bytes(b"\1" * 8192)
-    with pytest.raises(ConfigError, match="SSD index"):
+    with pytest.raises(CorruptError, match="SSD index"):
         SsdIndex(tmp_path, CAPACITY // PAGE, "node-1")

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvstore.cli.options import JsonOption
 from kvstore.cli.output import console, count, print_json, short, size, table
 from kvstore.core.fsck import Finding, count_faults
 from kvstore.node import fsck as check
+from kvstore.node.index_rebuild import DAMAGED_NAME
+from kvstore.node.ssd_index import INDEX_NAME
 
 EXIT_PROBLEMS = 1
 ROWS_MAX = 20
@@ -24,7 +27,9 @@ def fsck(
             metavar="DIR", help="SSD directory of a node: its --ssd-dir, by default DATA_DIR/ssd."
         ),
     ],
-    repair: Annotated[bool, typer.Option("--repair", help="Drop bad records, durably.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Drop bad records, durably; replace a damaged index.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check an SSD directory while its node is stopped: every record, every byte of every block.
@@ -33,7 +38,9 @@ def fsck(
     this version cannot read), [red]outside[/red] of the data file, that [red]overlap[/red] newer
     ones, blocks that are [red]corrupt[/red] or [red]unreadable[/red], [red]orphans[/red] behind
     a missing block, and a data file of another length. Changes nothing without --repair; a
-    dropped block is a miss afterwards, and computed again.
+    dropped block is a miss afterwards, and computed again. An index that is damaged itself is
+    replaced by --repair: by a new one of all records that can still be read and whose blocks have
+    their bytes, among them perhaps some that were removed of late.
 
     Exit code: 0 clean, 1 problems were found (also when --repair has removed them),
     2 the directory cannot be checked: not one, in use, or of another format version.
@@ -74,6 +81,7 @@ def report_json(report: check.Report) -> dict[str, Any]:
         "data_bytes": report.data_bytes,
         "data_bytes_noted": report.data_bytes_noted,
         "wrong_size": report.wrong_size,
+        "index_damage": report.index_damage,
         "faults": dict(count_faults(report.findings)),
         "findings": [finding_json(finding) for finding in report.findings],
     }
@@ -95,6 +103,13 @@ def _print(report: check.Report) -> None:
         out.print(
             f"[red]The data file is {found}[/red]; its node made it with "
             f"{size(report.data_bytes_noted or 0)}.",
+            soft_wrap=True,
+        )
+    if report.index_damage:
+        out.print(f"[red]{escape(report.index_damage)}[/red]", soft_wrap=True)
+        out.print(
+            f"A new index was made of {count(report.records, 'record')} that could be read; the "
+            f"damaged one is kept as {INDEX_NAME}/{DAMAGED_NAME}.",
             soft_wrap=True,
         )
     if report.findings:

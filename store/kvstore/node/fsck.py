@@ -1,6 +1,7 @@
 """Offline check of a node's SSD directory: reads every block, and drops bad records if told to."""
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from kvstore_proto import master_pb2
 
 from kvstore.core.fsck import Examination, Finding
 from kvstore.core.types import IoOutcome
-from kvstore.errors import ConfigError, KVStoreError
+from kvstore.errors import ConfigError, CorruptError, KVStoreError
 from kvstore.node import translate
 from kvstore.node.block_reader import BlockReader, runs_of
 from kvstore.node.dir_lock import DirectoryInUseError, DirectoryLock
+from kvstore.node.index_rebuild import rebuild_index
 from kvstore.node.ssd_file import DATA_NAME
 from kvstore.node.ssd_index import INDEX_NAME, SsdIndex
 
@@ -35,6 +37,7 @@ class Report:
     data_bytes: int | None
     data_bytes_noted: int | None
     repaired: bool
+    index_damage: str = ""  # why a new index was made of the old one's records
 
     @property
     def wrong_size(self) -> bool:
@@ -44,16 +47,17 @@ class Report:
     @property
     def clean(self) -> bool:
         """Whether nothing was found."""
-        return not self.findings and not self.wrong_size
+        return not (self.findings or self.wrong_size or self.index_damage)
 
 
 def fsck(folder: Path, *, repair: bool, progress: Progress) -> Report:
     """Checks the SSD directory ``folder``; with ``repair``, bad records are gone durably.
 
     Raises ConfigError if it is no such directory, of another format version, or in use by a
-    running node; CorruptError if its index is cut off. Without ``repair`` nothing is changed.
+    running node; CorruptError if its index is damaged: with ``repair`` a new one is made of the
+    records that can still be read. Without ``repair`` nothing is changed.
     """
-    if not (folder / INDEX_NAME).is_dir():
+    if not (folder / INDEX_NAME).is_dir() and not (folder / DATA_NAME).is_file():
         SsdIndex.existing(folder, read_only=True)  # says why, and makes no lock file
     with contextlib.ExitStack() as resources:
         try:
@@ -62,7 +66,7 @@ def fsck(folder: Path, *, repair: bool, progress: Progress) -> Report:
             raise ConfigError(
                 f"{folder} is in use by a running node; stop the node first"
             ) from None
-        index = SsdIndex.existing(folder, read_only=not repair)
+        index, damage = _open(folder, repair=repair)
         resources.callback(index.close)
         report = _check(folder, index, progress)
         if not repair:
@@ -70,7 +74,18 @@ def fsck(folder: Path, *, repair: bool, progress: Progress) -> Report:
         _drop(index, report.findings)
         if report.wrong_size:
             index.note_data_bytes(None)  # the node sizes the file, and notes it, when it starts
-        return Report(**{**vars(report), "repaired": True})
+        return dataclasses.replace(report, repaired=True, index_damage=damage)
+
+
+def _open(folder: Path, *, repair: bool) -> tuple[SsdIndex, str]:
+    """The index, and why it is a new one if it had to be made."""
+    try:
+        return SsdIndex.existing(folder, read_only=not repair), ""
+    except CorruptError as error:
+        if not repair:
+            raise
+        rebuild_index(folder)
+        return SsdIndex.existing(folder, read_only=False), str(error)
 
 
 def _check(folder: Path, index: SsdIndex, progress: Progress) -> Report:

@@ -1,15 +1,18 @@
 """The SSD tier's durable index: LMDB from key to record, committed after the data it names."""
 
+import contextlib
 import logging
 import os
-import struct
 from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
 import lmdb
 
+from kvstore.durable import sync_directory
 from kvstore.errors import ConfigError, CorruptError
+from kvstore.node.index_pages import PAGE_BYTES_MAX, IndexPages, read_metas
+from kvstore.node.ssd_file import DATA_NAME
 
 log = logging.getLogger(__name__)
 
@@ -17,50 +20,59 @@ INDEX_NAME = "index"
 FORMAT_VERSION = 2
 MAP_BYTES_MIN = 256 << 20
 ENTRY_BYTES = 1024  # of map for each block: several records, for copy-on-write
+DATABASES = frozenset({"meta", "blocks", "namespaces"})
 _FORMAT_KEY = b"format_version"
-_NODE_KEY = b"node_id"
+NODE_KEY = b"node_id"
 _DATA_BYTES_KEY = b"data_bytes"
 
 
-# Of a page that holds LMDB's meta data: magic number at 16, page size, last page, transaction.
-_META = struct.Struct("<16xI20xI92xQQ")
-_META_MAGIC = 0xBEEFC0DE
+HEAD_BYTES = 2 * PAGE_BYTES_MAX  # holds both meta pages
 MISSING_BYTES_MAX = 1 << 20  # at the end, that LMDB may not have written
-REMEDY = "nothing in it can be trusted: empty the directory, its blocks are computed again"
+REMEDY = (
+    "with the node stopped, `kvstore fsck {folder} --repair` makes a new index of what can be saved"
+)
 
 
-def _complete(path: Path) -> None:
-    """Gives the file all the pages that it says it has: LMDB maps them, and would crash.
+def damaged(path: Path, error: object) -> CorruptError:
+    """The error of an index, with its remedy; ``path`` is that of its directory."""
+    return CorruptError(f"SSD index {path}: {error}; {REMEDY.format(folder=path.parent)}")
 
-    A page that is missing because the file was cut off is zeros then, which LMDB refuses as
-    corrupt; one at the end that LMDB never wrote is in no tree, so that its zeros are harmless.
+
+def _prove(path: Path) -> None:
+    """Proves every page of the index in directory ``path``; CorruptError if one is damaged.
+
+    LMDB maps the file, follows its pages wherever they lead, and would crash. It also maps pages
+    that it never wrote at the end of the file, which are in no tree: they get their zeros here.
     """
+    file_path = path / "data.mdb"
     try:
-        with open(path, "r+b") as file:
-            first = file.read(_META.size)
-            page_bytes = _META.unpack(first)[1] if len(first) == _META.size else 0
-            file.seek(page_bytes)
-            metas = [
-                _META.unpack(m) for m in (first, file.read(_META.size)) if len(m) == _META.size
-            ]
+        with open(file_path, "r+b") as file:
+            head = file.read(HEAD_BYTES)
             file_bytes = file.seek(0, os.SEEK_END)
-            newest = max(
-                (m for m in metas if m[0] == _META_MAGIC), key=lambda m: m[3], default=None
-            )
-            if newest is None:
-                return  # LMDB itself refuses the file, or makes a new one
-            needed = (newest[2] + 1) * page_bytes
+            metas = read_metas(head)
+            newest = max(metas, key=lambda meta: meta.transaction)
+            needed = (newest.last_page + 1) * newest.page_bytes
             if file_bytes < needed <= file_bytes + MISSING_BYTES_MAX:
-                log.warning("%s has %d of its %d bytes", path, file_bytes, needed)
+                log.warning("%s has %d of its %d bytes", file_path, file_bytes, needed)
                 file.truncate(needed)
             elif file_bytes < needed:
-                raise CorruptError(
-                    f"SSD index {path} has {file_bytes} of its {needed} bytes; {REMEDY}"
-                )
-    except FileNotFoundError:
-        return
+                raise CorruptError(f"it has {file_bytes} of its {needed} bytes")
+        IndexPages(file_path, newest.page_bytes).check(metas, DATABASES)
+    except CorruptError as error:
+        raise damaged(path, error) from None
     except OSError as error:
         raise ConfigError(f"SSD index {path}: {error.strerror}") from None
+
+
+def _exists(folder: Path) -> bool:
+    """Whether the directory has an index; CorruptError if it has lost the one that it had."""
+    with contextlib.suppress(OSError):
+        if (folder / INDEX_NAME / "data.mdb").stat().st_size:
+            return True
+    with contextlib.suppress(OSError):
+        if (folder / DATA_NAME).stat().st_size:  # made after the index was on the medium
+            raise damaged(folder / INDEX_NAME, "it is missing, though its data file is there")
+    return False
 
 
 class SsdIndex:
@@ -73,6 +85,12 @@ class SsdIndex:
         """
         map_bytes = max(MAP_BYTES_MIN, blocks_max * ENTRY_BYTES)
         self._open(folder, map_bytes, node_id, create=True)
+        try:
+            sync_directory(self.path)
+            sync_directory(folder)
+        except OSError as error:
+            self._env.close()
+            raise ConfigError(f"SSD index {self.path}: {error.strerror}") from None
 
     @classmethod
     def existing(cls, folder: Path, *, read_only: bool) -> "SsdIndex":
@@ -81,13 +99,12 @@ class SsdIndex:
         ConfigError if there is none, or one of another format; CorruptError as for a node.
         """
         self = cls.__new__(cls)
-        try:
-            file_bytes = (folder / INDEX_NAME / "data.mdb").stat().st_size
-        except OSError:
+        if not _exists(folder):
             raise ConfigError(
                 f"{folder} has no {INDEX_NAME}: it is not the SSD directory of a node; "
                 "that is its --ssd-dir, by default DATA_DIR/ssd"
-            ) from None
+            )
+        file_bytes = (folder / INDEX_NAME / "data.mdb").stat().st_size
         options = {"readonly": True, "lock": False} if read_only else {}
         self._open(folder, file_bytes + MAP_BYTES_MIN, None, create=False, **options)
         return self
@@ -96,7 +113,8 @@ class SsdIndex:
         self, folder: Path, map_bytes: int, node_id: str | None, *, create: bool, **options: bool
     ) -> None:
         self.path = folder / INDEX_NAME
-        _complete(self.path / "data.mdb")
+        if _exists(folder):
+            _prove(self.path)
         try:
             self._env = lmdb.open(
                 str(self.path), map_size=map_bytes, max_dbs=3, mode=0o600, create=create, **options
@@ -112,7 +130,7 @@ class SsdIndex:
                 self._check_owner(node_id)
         except lmdb.Error as error:
             self._env.close()
-            raise CorruptError(f"SSD index {self.path}: {error}; {REMEDY}") from None
+            raise damaged(self.path, error) from None
         except ConfigError:
             self._env.close()
             raise
@@ -135,10 +153,10 @@ class SsdIndex:
         """The first node to open a directory owns it."""
         with self._env.begin(write=True, db=self._meta) as txn:
             txn.put(_FORMAT_KEY, str(FORMAT_VERSION).encode(), overwrite=False)
-            owner = txn.get(_NODE_KEY)
-            if owner is None:
-                txn.put(_NODE_KEY, node_id.encode())
-            elif owner != node_id.encode():
+            owner = txn.get(NODE_KEY)
+            if owner is None and node_id:
+                txn.put(NODE_KEY, node_id.encode())
+            elif owner not in (None, node_id.encode()):
                 raise ConfigError(
                     f"SSD directory {self.path.parent} belongs to node_id "
                     f"{owner.decode(errors='replace')}, this node is {node_id}; "
@@ -171,7 +189,7 @@ class SsdIndex:
             with self._env.begin(db=database) as txn:
                 return dict(txn.cursor().iternext())
         except lmdb.Error as error:
-            raise CorruptError(f"SSD index {self.path}: {error}; {REMEDY}") from None
+            raise damaged(self.path, error) from None
 
     def apply(self, changes: Iterable[tuple[bytes, bytes | None]]) -> None:
         """Puts ``(key, record)`` and removes ``(key, None)`` in order, all or nothing, durably.
