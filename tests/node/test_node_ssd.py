@@ -31,6 +31,7 @@ class Reports:
         self.reads: dict[int, IoOutcome] = {}
         self.kept: list[WriteSsd] = []
         self.failed: list[WriteSsd] = []
+        self.corrupt: list[WriteSsd] = []
         self.dropped: list[DropSsd] = []
 
     def reads_done(self, done: Sequence[tuple[ReadSsd, IoOutcome]]) -> None:
@@ -38,6 +39,9 @@ class Reports:
 
     def writes_done(self, done: Sequence[WriteSsd], ok: bool) -> None:
         (self.kept if ok else self.failed).extend(done)
+
+    def writes_corrupt(self, done: Sequence[WriteSsd]) -> None:
+        self.corrupt.extend(done)
 
     def drops_done(self, done: Sequence[DropSsd]) -> None:
         self.dropped.extend(done)

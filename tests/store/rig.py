@@ -268,6 +268,10 @@ class Rig:
         for op in ops:
             self.disk.writes.remove(op)
             data = self.pool[op.dram_offset : op.dram_offset + op.nbytes]
+            if not _verified(bytes(data), op.record.checksums):
+                self.apply(self.core.writes_corrupt([op], self.now))
+                ops = [other for other in ops if other is not op]
+                continue
             self.disk.data[op.ssd_offset : op.ssd_offset + op.nbytes] = data
             if not fail:
                 self.disk.index[op.key] = op.record.encode()

@@ -194,12 +194,26 @@ class Simulation:
                 self.rig.end_read(self.random.choice(disk.reads), fail=True)
             elif fault < 0.04 and disk.reads:
                 disk.data[self.random.choice(disk.reads).ssd_offset + 77] ^= 0x10
+            elif fault < 0.05 and disk.writes:
+                self.scribble()
             elif fault < 0.08 and disk.writes:
                 self.rig.end_writes([self.random.choice(disk.writes)], fail=True)
             elif fault < 0.3 and len(disk.writes) > 1:
                 self.rig.end_writes(disk.writes[:2])
             else:
                 self.rig.disk_step(self.random.randrange)
+
+    def scribble(self) -> None:
+        """I1: what is about to be written changes in DRAM, where nobody reads it now."""
+        write = self.random.choice(self.rig.disk.writes)
+        slots = range(write.dram_offset, write.dram_offset + BLOCK)
+        for client in self.clients:
+            for request in client.acquires:
+                if any(at in slots for at in self.rig.granted(request, client.session).values()):
+                    return
+        self.rig.pool[write.dram_offset + 40] ^= 1
+        self.rig.end_writes([write])
+        assert write.key not in self.rig.disk.index
 
     def tick(self) -> None:
         self.rig.tick(self.random.choice([0.1, 0.5, 2.0]))

@@ -301,6 +301,11 @@ class NodeCore:
         self._transfers.writes_done(ops, ok, level)
         return self._finish(now)
 
+    def writes_corrupt(self, ops: Sequence[WriteSsd], now: float) -> Effects:
+        """What was to be written is not what was committed: these blocks are dropped everywhere."""
+        self._transfers.writes_corrupt(ops)
+        return self._finish(now)
+
     def drop_done(self, op: DropSsd, now: float) -> Effects:
         """The removal is durable: the SSD slot is free."""
         self._transfers.drop_done(op)

@@ -121,13 +121,8 @@ class Transfers:
 
     def writes_done(self, ops: Sequence[WriteSsd], ok: bool, level: AckLevel) -> None:
         """Writes ended: their blocks are durable, or are tried again a few times."""
-        for op in ops:
-            if self._writes.get(op.row) != op:
-                raise InternalError(f"a write of row {op.row} ended that is not out")
-            del self._writes[op.row]
+        rows = self._ended(ops)
         blocks, table = self.blocks, self.blocks.table
-        rows = np.fromiter((op.row for op in ops), dtype=np.int64, count=len(ops))
-        self._write_bytes -= int(blocks.slot_bytes[table.namespace[rows]].sum())
         live = table.dram_state[rows] == DramState.LIVE
         if ok:
             blocks.show_ssd(rows[live])
@@ -140,6 +135,31 @@ class Transfers:
             self._retry(rows[live])
         self.tiering.release_dead(rows[~live])
         self.tiering.evict_leaving()
+
+    def writes_corrupt(self, ops: Sequence[WriteSsd]) -> None:
+        """The bytes in DRAM have other checksums than their commit: the blocks are dropped.
+
+        A slot is quarantined as long as a lease is on it.
+        """
+        rows = self._ended(ops)
+        blocks, table = self.blocks, self.blocks.table
+        blocks.free_ssd(rows, SsdState.WRITING)
+        blocks.count("commit_corrupt_blocks", len(rows))
+        live = rows[table.dram_state[rows] == DramState.LIVE]
+        blocks.hide_dram(live, EndReason.CORRUPT)
+        blocks.move_dram(live, DramState.LIVE, DramState.DEAD)
+        self.tiering.on_settled(live, AckLevel.UNSPECIFIED)
+        self.tiering.release_dead(rows)
+
+    def _ended(self, ops: Sequence[WriteSsd]) -> Rows:
+        for op in ops:
+            if self._writes.get(op.row) != op:
+                raise InternalError(f"a write of row {op.row} ended that is not out")
+            del self._writes[op.row]
+        rows = np.fromiter((op.row for op in ops), dtype=np.int64, count=len(ops))
+        namespaces = self.blocks.table.namespace[rows]
+        self._write_bytes -= int(self.blocks.slot_bytes[namespaces].sum())
+        return rows
 
     def _retry(self, rows: Rows) -> None:
         table = self.blocks.table

@@ -79,6 +79,10 @@ class Driver:
         """Writes of one group ended."""
         self.apply(self.core.writes_done(done, ok, self.now()))
 
+    def writes_corrupt(self, done: Sequence[WriteSsd]) -> None:
+        """What was to be written is not what was committed."""
+        self.apply(self.core.writes_corrupt(done, self.now()))
+
     def drops_done(self, done: Sequence[DropSsd]) -> None:
         """Removals are durable: their space is free."""
         now = self.now()

@@ -1,7 +1,8 @@
 """The SSD tier's I/O: blocks between pool and data file on threads, in the order that is safe.
 
 A write is data, fdatasync, index commit, then its report; many are grouped under one fdatasync and
-one commit. A removal is committed before it is reported, and only then may its space be reused.
+one commit. What is written is verified first: no bytes become durable that are not those of the
+commit. A removal is committed before it is reported, and only then may its space be reused.
 A read is verified, shard by shard, after its bytes are in the pool. Reports come on the event
 loop, many in one call.
 """
@@ -47,6 +48,9 @@ class SsdReports(Protocol):
 
     def writes_done(self, done: Sequence[WriteSsd], ok: bool) -> None:
         """Writes of one group that ended alike."""
+
+    def writes_corrupt(self, done: Sequence[WriteSsd]) -> None:
+        """Blocks whose bytes were not those that were committed: none of them was kept."""
 
     def drops_done(self, done: Sequence[DropSsd]) -> None:
         """Removals that are durable."""
@@ -198,11 +202,11 @@ class SsdTier:
     def _commit(self, group: Sequence[Change]) -> None:
         writes = [op for op in group if isinstance(op, WriteSsd)]
         drops = [op for op in group if isinstance(op, DropSsd)]
-        lost = self._write_data(writes)
+        bad = self._write_data(writes)
         changes: list[tuple[bytes, bytes | None]] = [
             (op.key, op.record.encode() if isinstance(op, WriteSsd) else None)
             for op in group
-            if isinstance(op, DropSsd) or id(op) not in lost
+            if isinstance(op, DropSsd) or id(op) not in bad
         ]
         try:
             faultpoint("ssd.index")
@@ -218,9 +222,10 @@ class SsdTier:
         if self.full and changes:
             log.info("SSD index has room again")
             self.full = ""
-        kept = [op for op in writes if id(op) not in lost]
-        failed = [op for op in writes if id(op) in lost]
-        self._post(lambda: self._report_group(failed, kept, drops))
+        kept = [op for op in writes if id(op) not in bad]
+        failed = [op for op in writes if bad.get(id(op)) is IoOutcome.FAILED]
+        corrupt = [op for op in writes if bad.get(id(op)) is IoOutcome.CORRUPT]
+        self._post(lambda: self._report_group(failed, kept, drops, corrupt))
 
     def _put_off(
         self, writes: Sequence[WriteSsd], drops: Sequence[DropSsd], error: Exception
@@ -239,16 +244,14 @@ class SsdTier:
         stuck = len(group) - len(writes)
         self._post(lambda: self._report_group(writes, (), (), stuck=stuck))
 
-    def _write_data(self, writes: Sequence[WriteSsd]) -> set[int]:
-        """Writes and syncs the data; ids of the requests whose data is not on the medium."""
+    def _write_data(self, writes: Sequence[WriteSsd]) -> dict[int, IoOutcome]:
+        """Writes and syncs the data; by id, why a request's data is not on the medium."""
         if self.failed or not writes:
-            return {id(op) for op in writes}
+            return {id(op): IoOutcome.FAILED for op in writes}
         runs = list(_runs(writes, WRITE_RUN_BYTES))
         jobs = [self._writers.submit(self._write_run, run) for run in runs]
         wait(jobs)
-        lost = {
-            id(op) for run, job in zip(runs, jobs, strict=True) if not job.result() for op in run
-        }
+        bad = {place: outcome for job in jobs for place, outcome in job.result().items()}
         try:
             faultpoint("ssd.sync")
             self.file.sync()
@@ -256,17 +259,26 @@ class SsdTier:
             # After a failed fdatasync the kernel has forgotten which pages were dirty: what this
             # file holds is unknown until it is written again.
             self._fail(f"fdatasync: {error}")
-            return {id(op) for op in writes}
-        return lost
+            return {id(op): IoOutcome.FAILED for op in writes}
+        return bad
 
-    def _write_run(self, run: Sequence[WriteSsd]) -> bool:
+    def _write_run(self, run: Sequence[WriteSsd]) -> dict[int, IoOutcome]:
+        bad = {id(op): IoOutcome.CORRUPT for op in run if not self._proven(op)}
         try:
             faultpoint("ssd.data")
             self.file.write(self._slots(run), run[0].ssd_offset)
         except OSError as error:
             log.error("SSD write at byte %d failed: %s", run[0].ssd_offset, error)
-            return False
-        return True
+            return {id(op): IoOutcome.FAILED for op in run}
+        return bad
+
+    def _proven(self, op: WriteSsd) -> bool:
+        """Whether the bytes in DRAM are those of the commit, before they are made durable."""
+        block = self._memory[op.dram_offset : op.dram_offset + op.nbytes]
+        if verify(block, op.record.checksums):
+            return True
+        log.error("block %s in DRAM is not what was committed: dropped", op.key.hex()[:16])
+        return False
 
     def _fail(self, reason: str) -> None:
         if not self.failed:
@@ -282,14 +294,17 @@ class SsdTier:
         failed: Sequence[WriteSsd],
         kept: Sequence[WriteSsd],
         drops: Sequence[DropSsd],
+        corrupt: Sequence[WriteSsd] = (),
         stuck: int = 0,
     ) -> None:
         # The space of a stuck removal is never reported free: its old record may still stand.
-        self._finished(len(failed) + len(kept) + len(drops) + stuck)
+        self._finished(len(failed) + len(kept) + len(drops) + len(corrupt) + stuck)
         if failed:
             self._reports.writes_done(failed, ok=False)
         if kept:
             self._reports.writes_done(kept, ok=True)
+        if corrupt:
+            self._reports.writes_corrupt(corrupt)
         if drops:
             self._reports.drops_done(drops)
 
