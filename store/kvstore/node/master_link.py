@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 BACKOFF_MIN_S = 0.2
 BACKOFF_MAX_S = 2.0
-BATCH_S = 0.1
+BATCH_S = 0.02  # changes that come together are told together
+PACE_S = 0.5  # from one batch of changes to the next
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -38,6 +39,7 @@ class MasterLink:
         self._address = address
         self._reports = Reports(node)
         self._wake = asyncio.Event()
+        self._hurry = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         if address:
             split_host_port(address)
@@ -77,7 +79,11 @@ class MasterLink:
     def namespace_opened(self, report: master_pb2.NamespaceReport) -> None:
         """A client opened a namespace."""
         self._reports.namespace_opened(report)
+        self._wake_at_once()
+
+    def _wake_at_once(self) -> None:
         self._wake.set()
+        self._hurry.set()
 
     async def _run(self) -> None:
         backoff_s, away = BACKOFF_MIN_S, False
@@ -126,24 +132,27 @@ class MasterLink:
 
     async def _send_all(self, stream: Any, heartbeat_s: float) -> None:
         """The only writer of the stream; twice the heartbeats asked for, against lost time."""
-        due = 0.0
+        due = told = 0.0
         while True:
             self._wake.clear()
+            self._hurry.clear()
             for report in self._reports.due():
                 await stream.write(report)
+                told = time.monotonic()
             if (now := time.monotonic()) >= due:
                 due = now + heartbeat_s / 2
                 await stream.write(self._reports.heartbeat())
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, due - time.monotonic())):
                     await self._wake.wait()
-                    if not self._reports.urgent:
-                        await asyncio.sleep(BATCH_S)
+                    wait_s = max(BATCH_S, told + PACE_S - time.monotonic())
+                    async with asyncio.timeout(wait_s):
+                        await self._hurry.wait()
 
     async def _obey(self, stream: Any) -> None:
         while (directive := await stream.read()) is not grpc.aio.EOF:
             self._reports.obey(directive)
-            self._wake.set()
+            self._wake_at_once()
 
 
 def _reason(error: Exception) -> str:
