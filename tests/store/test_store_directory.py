@@ -169,3 +169,28 @@ def test_size_of_the_table() -> None:
     assert entries_for(0) == ENTRIES_MIN
     assert entries_for(1 << 30) == 4 * (1 << 30) // (16 << 10)
     assert entries_for(1 << 50) == ENTRIES_MAX
+
+
+def test_I7_a_directory_full_of_live_keys_is_not_rebuilt_at_every_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rebuilds = 0
+    rebuild = DirectoryWriter._rebuild
+
+    def counted(writer: DirectoryWriter) -> None:
+        nonlocal rebuilds
+        rebuilds += 1
+        rebuild(writer)
+
+    monkeypatch.setattr(DirectoryWriter, "_rebuild", counted)
+    entries, removed = 1024, 0
+    writer, _ = make(entries)
+    held = chain("first", entries)
+    writer.publish(held, Tier.DRAM)
+    for i in range(200):
+        old, held = held[:8], held[8:] + chain(f"later {i}", 8)
+        writer.unpublish(old)
+        removed += len(old)
+        writer.publish(held[-8:], Tier.DRAM)
+    assert rebuilds <= removed / (entries / 8)
+    assert writer.live <= entries * 3 // 4

@@ -96,6 +96,7 @@ class DirectoryWriter:
         )
         self._mask = entries - 1
         self._limit = entries * 3 // 4
+        self._rebuild_at = max(1, entries // 8)  # tombstones
         self.live = 0  # keys in the table
         self.tombstones = 0
         self.unpublished = 0  # keys that found no place: calls still find them
@@ -113,7 +114,10 @@ class DirectoryWriter:
         if found.all():
             return
         words, place = words[~found], place[~found]
-        if self.live + self.tombstones + len(words) > self._limit and self.tombstones:
+        crowded = self.live + self.tombstones + len(words) > self._limit
+        # A table that is full of live keys has a few tombstones at any time; each rebuild looks at
+        # every entry, so it has to win back many.
+        if crowded and self.tombstones >= self._rebuild_at:
             self._rebuild()
             place = self._find(words)[1]
         room = max(0, self._limit - self.live)
