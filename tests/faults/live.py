@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
-from kvstore_proto import node_pb2, node_pb2_grpc
+from kvstore_proto import master_pb2, master_pb2_grpc, node_pb2, node_pb2_grpc
 
 from tests.faults.daemons import daemon_command
 
@@ -40,6 +40,7 @@ class LiveDaemon:
         self._command = [*daemon_command(module), *flags, "--metrics-listen", ""]
         self._environ = {**os.environ, **(environ or {})}
         self.process: subprocess.Popen[str] | None = None
+        self.address = ""
 
     def __enter__(self) -> Self:
         return self
@@ -78,7 +79,8 @@ class LiveDaemon:
     def start(self) -> str:
         """Starts it and waits until it serves; its address."""
         self.spawn()
-        return self.wait_ready()
+        self.address = self.wait_ready()
+        return self.address
 
     def log_tail(self) -> str:
         """The end of what it logged."""
@@ -123,6 +125,23 @@ class LiveNode(LiveDaemon):
         """Kills it and removes its files."""
         super().close()
         shutil.rmtree(self.pool_dir, ignore_errors=True)
+
+
+class LiveMaster(LiveDaemon):
+    """A kvstore-master on a port of its own."""
+
+    def __init__(self, *flags: str, environ: Mapping[str, str] | None = None) -> None:
+        super().__init__("kvstore.master.daemon", *flags, environ=environ)
+        self._command += ["--data-dir", str(self.home), "--log-level", "warning"]
+        self._command += ["--listen", "127.0.0.1:0"]
+
+
+async def located(master: str, keys: bytes) -> int:
+    """How many leading blocks the master at this address knows of."""
+    async with grpc.aio.insecure_channel(master) as channel:
+        stub: Any = master_pb2_grpc.MasterStub(channel)
+        request = master_pb2.LocateRequest(keys=keys)
+        return int((await stub.Locate(request, timeout=HEAL_TIMEOUT_S)).found)
 
 
 class Observer:

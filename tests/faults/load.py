@@ -38,6 +38,7 @@ class Load:
         self.lost = 0  # acknowledged blocks that were not found though they must be there
         self.broken = 0  # slots that changed under a lease of a living session
         self.late = 0  # reads that ended because the node was too slow
+        self.stored = 0  # blocks that were put
         self.held_checks = 0  # blocks that had to be found
         self.timeout_s = 10.0
         self._attempts = 0
@@ -136,9 +137,13 @@ class Load:
         """One of all."""
         return self.random.randrange(len(self.chains))
 
+    def recent(self) -> list[int]:
+        """Chains in the order of their last use, one window of them."""
+        return list(self._touched)[-self.window :]
+
     def recent_chain(self) -> int:
         """One of those used last, among them those that are being written."""
-        recent = list(self._touched)[-self.window // 2 :]
+        recent = self.recent()[-self.window // 2 :]
         return self.random.choice(recent) if recent else self.any_chain()
 
 
@@ -152,9 +157,10 @@ class Worker:
         self._out = np.empty((CHAIN_BLOCKS, BLOCK_BYTES), np.uint8)
 
     @classmethod
-    async def connect(cls, load: Load, name: str = "load") -> "Worker":
-        """A worker with a session."""
-        client = await AsyncClient.connect(load.address, name=name, timeout_s=load.timeout_s)
+    async def connect(cls, load: Load, timeout_s: float | None = None) -> "Worker":
+        """A worker with a session; its calls take ``timeout_s`` at most."""
+        limit = load.timeout_s if timeout_s is None else timeout_s
+        client = await AsyncClient.connect(load.address, name="load", timeout_s=limit)
         return cls(load, client, await client.open_namespace(SPEC))
 
     async def reconnect(self) -> None:
@@ -184,6 +190,7 @@ class Worker:
                 data = content(ledger.seed, ledger.tenant, keys[index], version, BLOCK_BYTES)
                 write.put(index, data)
             levels = await write.commit()
+        load.stored += int(np.count_nonzero(levels))
         for index, reached in zip(slots, levels.tolist(), strict=True):
             load.ledger.acknowledge(keys[index], AckLevel(reached))
         if len(slots) == len(keys) and min(levels.tolist()) >= AckLevel.PERSISTED:

@@ -42,7 +42,7 @@ async def test_F2_node_killed_under_load(record_property: Record) -> None:
         node.start()
         load = Load(node.address, SEED, chains=8 * SSD_CHAINS, window=SSD_CHAINS // 2)
         observer = Observer(node.address)
-        checker = await Worker.connect(load, "checker")
+        checker = await Worker.connect(load)
         await load.start(WRITERS, READERS)
         kills = evicted = 0
         while kills < KILLS and not load.harmed:
