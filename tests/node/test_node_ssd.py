@@ -8,7 +8,8 @@ import lmdb
 import pytest
 import xxhash
 from kvstore.core.effects import DropSsd, ReadSsd, WriteSsd
-from kvstore.core.ssd_record import NO_PARENT, SsdRecord, decode_many
+from kvstore.core.ssd_columns import decode_many
+from kvstore.core.ssd_record import NO_PARENT, SsdRecord
 from kvstore.core.types import IoOutcome
 from kvstore.errors import ConfigError, CorruptError
 from kvstore.faultpoint import enable_faultpoints

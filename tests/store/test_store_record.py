@@ -7,13 +7,8 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from kvstore.core.effects import Effects, ReadSsd
-from kvstore.core.ssd_record import (
-    HEAD_BYTES,
-    ONE_SHARD_BYTES,
-    PROOF_BYTES,
-    SsdRecord,
-    decode_many,
-)
+from kvstore.core.ssd_columns import decode_many
+from kvstore.core.ssd_record import HEAD_BYTES, ONE_SHARD_BYTES, PROOF_BYTES, SsdRecord
 from kvstore.errors import CorruptError
 
 from tests.store.rig import chain

@@ -9,7 +9,8 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from kvstore.core.spec import SLOT_ALIGN_BYTES
-from kvstore.core.ssd_record import NO_PARENT, SsdRecord, decode_many
+from kvstore.core.ssd_columns import decode_many
+from kvstore.core.ssd_record import NO_PARENT, SsdRecord
 from kvstore.core.types import IoOutcome
 
 

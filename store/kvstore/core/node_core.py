@@ -29,6 +29,7 @@ from kvstore.core.reserve import Reserves
 from kvstore.core.restore import restore_blocks
 from kvstore.core.scrub import ScrubSsd, next_copies, settle_copies
 from kvstore.core.spec import CacheSpec
+from kvstore.core.ssd_columns import SsdColumns
 from kvstore.core.ssd_record import SsdRecord
 from kvstore.core.table import LIVE
 from kvstore.core.tiering import Tiering
@@ -99,12 +100,13 @@ class NodeCore:
         """All that were opened or restored."""
         return list(self._blocks.namespaces.values())
 
-    def restore(self, records: Iterable[SsdRecord]) -> Effects:
+    def restore(self, records: SsdColumns | Iterable[SsdRecord]) -> Effects:
         """Takes over the blocks of the SSD index, at start only.
 
         Records that cannot be used come back as drops with row -1.
         """
-        self._transfers.restored(restore_blocks(self._blocks, records))
+        columns = records if isinstance(records, SsdColumns) else SsdColumns.of(records)
+        self._transfers.restored(restore_blocks(self._blocks, columns))
         return self._take_effects()
 
     def open_session(self, session_id: int) -> None:

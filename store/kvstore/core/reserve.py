@@ -228,7 +228,7 @@ class Reserves:
         key = reservation.keys[first - 1] if first else reservation.parent
         if not key or key == namespace.root:
             return NO_ROW
-        row = table.index.get(key, NO_ROW)
+        row = table.index.find(key)
         if row == NO_ROW and table.room():
             return int(table.add([key], namespace.id)[0])
         return row if row >= 0 and table.namespace[row] == namespace.id else NO_ROW

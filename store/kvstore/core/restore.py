@@ -1,45 +1,56 @@
 """Restore: the blocks that an SSD index names, taken over at the start of a node."""
 
-from collections.abc import Iterable
-
 import numpy as np
 import numpy.typing as npt
 
 from kvstore.core.blocks import Blocks
 from kvstore.core.effects import DropSsd
-from kvstore.core.ssd_record import NO_PARENT, SsdRecord
-from kvstore.core.table import NO_ROW, Rows, SsdState
+from kvstore.core.keys import KEY_BYTES
+from kvstore.core.ssd_columns import SsdColumns
+from kvstore.core.ssd_record import NO_PARENT
+from kvstore.core.table import NO_ROW, Mask, Rows, SsdState
 from kvstore.core.types import Namespace
 from kvstore.errors import PreconditionError
 
 
-def restore_blocks(blocks: Blocks, records: Iterable[SsdRecord]) -> int:
+def restore_blocks(blocks: Blocks, records: SsdColumns) -> int:
     """Fills the empty table; the newest sequence seen. What cannot be used becomes drops.
 
     Of records that name one slot, the newest wins.
     """
     if len(blocks.table):
         raise PreconditionError("blocks are restored at start only")
-    ordered = sorted(records, key=lambda record: record.sequence, reverse=True)
-    by_root: dict[tuple[bytes, int], list[SsdRecord]] = {}
-    for record in ordered:
-        by_root.setdefault((record.root, record.nbytes), []).append(record)
-    refused: list[SsdRecord] = []
-    kept: list[SsdRecord] = []
-    for (root, nbytes), some in by_root.items():
+    sequences = records.numbers("sequence")
+    newest = int(sequences.max()) if len(records) else 0
+    records = records.take(np.argsort(-sequences, kind="stable"))
+    rows: Rows = np.full(len(records), NO_ROW, dtype=np.int64)
+    for root, nbytes, places in _by_namespace(records):
         namespace = _namespace(blocks, root, nbytes)
-        usable = _claim(blocks, namespace, some) if namespace else np.zeros(len(some), np.bool_)
-        taken = [record for record, good in zip(some, usable.tolist(), strict=True) if good]
-        refused += [record for record, good in zip(some, usable.tolist(), strict=True) if not good]
-        if namespace and taken:
-            _add(blocks, namespace, taken)
-            kept += taken
-    if kept:
-        _link(blocks, kept)
+        if namespace is not None:
+            some = records.take(places)
+            usable = _claim(blocks, namespace, some)
+            taken = np.flatnonzero(usable)
+            rows[places[taken]] = _add(blocks, namespace, some.take(taken))
+    kept = np.flatnonzero(rows >= 0)
+    if len(kept):
+        _link(blocks, records.take(kept), rows[kept])
+    refused = records.take(np.flatnonzero(rows < 0)).records()
     blocks.out.drops += [DropSsd(NO_ROW, record.key, record.ssd_offset) for record in refused]
     blocks.count("restored_blocks", len(kept))
     blocks.count("restore_refused_records", len(refused))
-    return max((record.sequence for record in ordered), default=0)
+    return newest
+
+
+def _by_namespace(records: SsdColumns) -> list[tuple[bytes, int, Rows]]:
+    """Root, size of a block, and the places of the records that have both; mostly there is one."""
+    sizes, roots = records.numbers("nbytes"), records.joined("root")
+    if len(records) and roots == roots[:KEY_BYTES] * len(records) and (sizes == sizes[0]).all():
+        return [(roots[:KEY_BYTES], int(sizes[0]), np.arange(len(records)))]
+    found: dict[tuple[bytes, int], list[int]] = {}
+    for i, nbytes in enumerate(sizes.tolist()):
+        root = roots[i * KEY_BYTES : (i + 1) * KEY_BYTES]
+        found.setdefault((root, nbytes), []).append(i)
+    return [(root, nbytes, np.array(places)) for (root, nbytes), places in found.items()]
 
 
 def _namespace(blocks: Blocks, root: bytes, nbytes: int) -> Namespace | None:
@@ -51,38 +62,38 @@ def _namespace(blocks: Blocks, root: bytes, nbytes: int) -> Namespace | None:
     return blocks.add_namespace(root, nbytes)
 
 
-def _claim(blocks: Blocks, namespace: Namespace, records: list[SsdRecord]) -> npt.NDArray[np.bool_]:
+def _claim(blocks: Blocks, namespace: Namespace, records: SsdColumns) -> Mask:
     if blocks.ssd is None:
         return np.zeros(len(records), dtype=np.bool_)
-    fresh = np.fromiter(
-        (record.key not in blocks.table.index for record in records), np.bool_, len(records)
-    )
+    fresh: Mask = blocks.table.index.find_all(records.joined("key")) < 0
     fresh &= np.cumsum(fresh) < blocks.table.room()
-    offsets = np.fromiter((record.ssd_offset for record in records), np.int64, len(records))
     usable = fresh.copy()
+    offsets = records.numbers("ssd_offset")
     usable[fresh] = blocks.ssd.claim(namespace.slot_bytes, offsets[fresh])
     return usable
 
 
-def _add(blocks: Blocks, namespace: Namespace, records: list[SsdRecord]) -> None:
+def _add(blocks: Blocks, namespace: Namespace, records: SsdColumns) -> Rows:
     table = blocks.table
-    rows = table.add([record.key for record in records], namespace.id)
-    table.checksum[rows] = np.fromiter((r.checksums[0] for r in records), np.uint64, len(records))
-    for row, record in zip(rows.tolist(), records, strict=True):
-        if len(record.checksums) > 1:
-            blocks.shard_checksums[row] = record.checksums
-    table.ssd_offset[rows] = [record.ssd_offset for record in records]
+    rows = table.add_joined(records.joined("key"), namespace.id)
+    table.checksum[rows] = records.entries["checksum"]
+    table.ssd_offset[rows] = records.numbers("ssd_offset")
+    for i, checksums in records.several.items():
+        blocks.shard_checksums[int(rows[i])] = checksums
+    return rows
 
 
-def _link(blocks: Blocks, records: list[SsdRecord]) -> None:
+def _link(blocks: Blocks, records: SsdColumns, rows: Rows) -> None:
     """Chains in whatever order their blocks were written; the newest count as used last."""
     table = blocks.table
-    rows = table.lookup([record.key for record in records])
-    parents = [_parent(record) for record in records]
-    for key, row in zip(parents, rows.tolist(), strict=True):
-        if key and key not in table.index and table.room():
-            table.add([key], int(table.namespace[row]))  # a placeholder
-    found = table.lookup(parents)
+    parents, roots = records.joined("parent"), records.joined("root")
+    at_root = _equal(parents, roots) | _equal(parents, NO_PARENT * len(records))
+    found = np.where(at_root, NO_ROW, table.index.find_all(parents))
+    for i in np.flatnonzero(~at_root & (found < 0)).tolist():
+        key = parents[i * KEY_BYTES : (i + 1) * KEY_BYTES]
+        if (row := table.index.find(key)) < 0 and table.room():
+            row = int(table.add([key], int(table.namespace[rows[i]]))[0])  # a placeholder
+        found[i] = row
     found[table.namespace[found] != table.namespace[rows]] = NO_ROW
     found[_in_rings(rows, found, table.capacity)] = NO_ROW
     table.link(rows, found)
@@ -90,8 +101,10 @@ def _link(blocks: Blocks, records: list[SsdRecord]) -> None:
     blocks.show_ssd(rows, SsdState.LIVE)
 
 
-def _parent(record: SsdRecord) -> bytes:
-    return b"" if record.parent in (NO_PARENT, record.root) else record.parent
+def _equal(keys: bytes, others: bytes) -> Mask:
+    words = np.frombuffer(keys, dtype="<u8") == np.frombuffer(others, dtype="<u8")
+    equal: Mask = words.reshape(-1, KEY_BYTES // 8).all(axis=1)
+    return equal
 
 
 def _in_rings(rows: Rows, parents: Rows, capacity: int) -> npt.NDArray[np.bool_]:
@@ -100,5 +113,7 @@ def _in_rings(rows: Rows, parents: Rows, capacity: int) -> npt.NDArray[np.bool_]
     up[rows] = np.where(parents >= 0, parents, capacity)
     for _ in range(max(1, len(rows)).bit_length() + 1):
         up = up[up]
+        if (up[rows] == capacity).all():
+            break
     endless: npt.NDArray[np.bool_] = up[rows] != capacity
     return endless

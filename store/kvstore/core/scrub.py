@@ -77,7 +77,7 @@ def _is_there(blocks: Blocks, copy: ScrubSsd) -> bool:
     """Whether the copy is still the one that was to be looked at."""
     table = blocks.table
     return (
-        table.index.get(copy.key) == copy.row
+        table.index.find(copy.key) == copy.row
         and table.ssd_state[copy.row] == SsdState.LIVE
         and table.ssd_offset[copy.row] == copy.ssd_offset
         and blocks.checksums(copy.row) == copy.checksums

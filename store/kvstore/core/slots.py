@@ -55,6 +55,12 @@ class _SizeClass:
         self.free_count = len(kept)
         self._free[: self.free_count] = kept
 
+    def number_of(self, offsets: Offsets) -> Offsets:
+        """Slots counted through all spans of the tier."""
+        spans, within = np.divmod(offsets, self.span_bytes)
+        numbers: Offsets = spans * self.slots_per_span + within // self.slot_bytes
+        return numbers
+
     def slots_of(self, spans: Offsets) -> Offsets:
         within = np.arange(self.slots_per_span, dtype=np.int64) * self.slot_bytes
         return (spans[:, None] * self.span_bytes + within).ravel()
@@ -140,15 +146,20 @@ class SlotSpace:
         spans, within = offsets // cls.span_bytes, offsets % cls.span_bytes
         usable[:] = (offsets >= 0) & (spans < len(cls.owned)) & (within % slot_bytes == 0)
         usable &= within // slot_bytes < cls.slots_per_span
-        first = np.zeros(len(offsets), dtype=np.bool_)
-        first[np.unique(offsets, return_index=True)[1]] = True
-        usable &= first
         for number in np.unique(spans[usable]).tolist():
             if not cls.owned[number] and not self._own(cls, number):
                 usable &= spans != number
-        free = np.isin(offsets, cls.free)
-        usable &= free
-        cls.keep(~np.isin(cls.free, offsets[usable]))
+        # By number of the slot: whether it is free, and which offset names it first.
+        numbers = cls.number_of(np.where(usable, offsets, 0))
+        free = np.zeros(len(cls.owned) * cls.slots_per_span, dtype=np.bool_)
+        free[cls.number_of(cls.free)] = True
+        usable &= free[numbers]
+        first = np.full(len(free), len(offsets), dtype=np.int64)
+        named = np.flatnonzero(usable)[::-1]
+        first[numbers[named]] = named
+        usable &= first[numbers] == np.arange(len(offsets))
+        free[numbers[usable]] = False
+        cls.keep(free[cls.number_of(cls.free)])
         np.add.at(cls.used, spans[usable], 1)
         self.live_bytes += slot_bytes * int(usable.sum())
         return usable

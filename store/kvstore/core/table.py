@@ -1,4 +1,4 @@
-"""The blocks of a node: one row each, numpy columns, one dict from key to row.
+"""The blocks of a node: one row each, numpy columns, one index from key to row.
 
 A row lives while its block has a copy in a tier, a slot in use, or a child that names it as its
 parent. A row without any copy is a *placeholder*: it keeps a chain's order for blocks that were
@@ -7,12 +7,13 @@ stored before their parent.
 
 from collections.abc import Sequence
 from enum import IntEnum
-from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.core.column import column
 from kvstore.core.forest import closed_under_children
+from kvstore.core.key_index import KeyIndex
 from kvstore.core.keys import KEY_BYTES
 from kvstore.core.ssd_record import NO_PARENT
 from kvstore.core.types import Tier
@@ -23,6 +24,7 @@ Mask = npt.NDArray[np.bool_]
 
 NO_ROW = -1
 _FIRST_ROWS = 1024
+_STEP_ROWS_MAX = 1 << 16  # a step takes half a millisecond
 _COLUMNS: dict[str, tuple[type[np.generic], int]] = {
     "namespace": (np.int32, -1),
     "parent": (np.int32, NO_ROW),
@@ -80,14 +82,15 @@ class Table:
 
     def __init__(self, rows_max: int) -> None:
         self.rows_max = rows_max
-        self.index: dict[bytes, int] = {}
-        self.keys = np.zeros((0, KEY_BYTES), dtype=np.uint8)
+        self.keys: npt.NDArray[np.uint8] = column((rows_max, KEY_BYTES), np.uint8)
+        self.index = KeyIndex(self.keys.view("<u8"))
         self.scratch = np.zeros(0, dtype=np.int32)  # all -1 between calls
         self.capacity = 0
-        for name, (dtype, _) in _COLUMNS.items():
-            setattr(self, name, np.zeros(0, dtype=dtype))
-        self._free = np.zeros(0, dtype=np.int64)
+        self._columns = {name: column(rows_max, dtype) for name, (dtype, _) in _COLUMNS.items()}
+        self._scratch: npt.NDArray[np.int32] = column(rows_max, np.int32)
+        self._free: npt.NDArray[np.int32] = column(rows_max, np.int32)  # rows that were removed
         self._free_count = 0
+        self._fresh = 0  # rows from here on were never used
         self._grow(min(_FIRST_ROWS, rows_max))
 
     def __len__(self) -> int:
@@ -95,8 +98,7 @@ class Table:
 
     def lookup(self, keys: Sequence[bytes]) -> Rows:
         """Rows of keys, -1 where there is none."""
-        found = map(self.index.get, keys, repeat(NO_ROW))
-        return np.fromiter(found, dtype=np.int64, count=len(keys))
+        return self.index.find_all(b"".join(keys))
 
     def room(self) -> int:
         """Rows that can still be added."""
@@ -104,15 +106,24 @@ class Table:
 
     def add(self, keys: Sequence[bytes], namespace: int) -> Rows:
         """New rows for distinct, unknown keys, without copies and links."""
-        count = len(keys)
+        return self.add_joined(b"".join(keys), namespace)
+
+    def add_joined(self, joined: bytes, namespace: int) -> Rows:
+        """``add`` for n x 32 bytes of keys."""
+        count = len(joined) // KEY_BYTES
         if count > self.room():
             raise ResourceExhaustedError(f"the table is full: {self.rows_max} blocks")
-        while self._free_count < count:
-            self._grow(min(2 * self.capacity, self.rows_max))
-        self._free_count -= count
-        rows = self._free[self._free_count : self._free_count + count][::-1].copy()
-        self.index.update(zip(keys, rows.tolist(), strict=True))
-        self.keys[rows] = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
+        again = min(count, self._free_count)
+        self._free_count -= again
+        used = self._free[self._free_count : self._free_count + again][::-1]
+        end = self._fresh + count - again
+        rows: Rows = np.concatenate((used, np.arange(self._fresh, end)), dtype=np.int64)
+        self._fresh = end
+        while end > self.capacity:
+            step = min(max(self.capacity, 1), _STEP_ROWS_MAX)
+            self._grow(min(self.capacity + step, self.rows_max))
+        self.keys[rows] = np.frombuffer(joined, dtype=np.uint8).reshape(-1, KEY_BYTES)
+        self.index.insert(joined, rows)
         self.namespace[rows] = namespace
         return rows
 
@@ -127,10 +138,10 @@ class Table:
             row = int(self.parent[row])
         return row == ancestor
 
-    def count_children(self, column: npt.NDArray[np.int32], rows: Rows, change: int) -> None:
-        """Adds ``change`` to a children column of the parents of ``rows``."""
+    def count_children(self, counts: npt.NDArray[np.int32], rows: Rows, change: int) -> None:
+        """Adds ``change`` to a column of counts of the parents of ``rows``."""
         parents = self.parent[rows]
-        np.add.at(column, parents[parents >= 0], change)
+        np.add.at(counts, parents[parents >= 0], change)
 
     def discard_empty(self, rows: Rows) -> None:
         """Removes those of ``rows`` that nothing needs any more, and then their parents."""
@@ -192,13 +203,13 @@ class Table:
         assert (self.namespace[up] >= 0).all(), "a parent was removed before its child"
         in_dram = self.dram_state[linked] != DramState.NONE
         in_ssd = np.isin(self.ssd_state[linked], (SsdState.WRITING, SsdState.LIVE))
-        for column, children in (
+        for counts, children in (
             (self.children, up),
             (self.dram_children, up[in_dram]),
             (self.ssd_children, up[in_ssd]),
         ):
             counted = np.bincount(children, minlength=self.capacity)
-            assert np.array_equal(counted, column), "a count of children is off"
+            assert np.array_equal(counted, counts), "a count of children is off"
         used = (self.dram_state[rows] != DramState.NONE) | (self.ssd_state[rows] != SsdState.NONE)
         idle = ~used & (self.children[rows] == 0) & (self.pins[rows] == 0)
         assert not idle.any(), f"{int(idle.sum())} rows that nothing needs"
@@ -206,25 +217,18 @@ class Table:
     def _remove(self, rows: Rows) -> None:
         if not len(rows):
             return
-        for key in self.key_list(rows):
-            del self.index[key]
+        self.index.remove(rows)
         for name, (_, empty) in _COLUMNS.items():
             getattr(self, name)[rows] = empty
         self._free[self._free_count : self._free_count + len(rows)] = rows[::-1]
         self._free_count += len(rows)
 
     def _grow(self, capacity: int) -> None:
+        """Nothing is copied: the columns are there, and get the values of an empty row."""
         old, self.capacity = self.capacity, capacity
-        for name, (dtype, empty) in _COLUMNS.items():
-            column = np.full(capacity, empty, dtype=dtype)
-            column[:old] = getattr(self, name)
-            setattr(self, name, column)
-        keys = np.zeros((capacity, KEY_BYTES), dtype=np.uint8)
-        keys[:old] = self.keys
-        self.keys = keys
-        self.scratch = np.full(capacity, -1, dtype=np.int32)
-        free = np.empty(capacity, dtype=np.int64)
-        free[: capacity - old] = np.arange(capacity - 1, old - 1, -1)
-        free[capacity - old : capacity - old + self._free_count] = self._free[: self._free_count]
-        self._free = free
-        self._free_count += capacity - old
+        for name, (_, empty) in _COLUMNS.items():
+            if empty:
+                self._columns[name][old:capacity] = empty
+            setattr(self, name, self._columns[name][:capacity])
+        self._scratch[old:capacity] = -1
+        self.scratch = self._scratch[:capacity]

@@ -16,7 +16,7 @@ from kvstore.core.directory import DirectoryWriter, entries_for
 from kvstore.core.effects import BlockEvent, DropSsd, Effects
 from kvstore.core.node_core import NodeCore
 from kvstore.core.spec import SLOT_ALIGN_BYTES, CacheSpec
-from kvstore.core.ssd_record import decode_many
+from kvstore.core.ssd_columns import decode_columns
 from kvstore.core.types import CoreConfig, Namespace, Tier
 from kvstore.durable import write_durably
 from kvstore.errors import ConfigError, KVStoreError, NotFoundError
@@ -144,9 +144,9 @@ class Node:
     def _restore(self, index: SsdIndex) -> None:
         """Takes over what an earlier instance left on SSD."""
         keys, values = index.entries()
-        records, usable = decode_many(keys, values)
-        broken = [DropSsd(-1, key, 0) for key, ok in zip(keys, usable, strict=True) if not ok]
-        self._known_roots = index.keep_namespaces({record.root for record in records})
+        records, usable = decode_columns(keys, values)
+        broken = [DropSsd(-1, keys[i], 0) for i in (~usable).nonzero()[0].tolist()]
+        self._known_roots = index.keep_namespaces(records.roots())
         for root, encoded in self._known_roots.items():
             try:
                 report = master_pb2.NamespaceReport.FromString(encoded)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.core.column import column
 from kvstore.core.forest import closed_under_children, local_parents, raise_above_children
 from kvstore.core.table import LIVE, Mask, Rows, Table
 from kvstore.core.types import Tier
@@ -29,16 +30,8 @@ class EvictionPolicy(ABC):
     def __init__(self, table: Table, tier: Tier) -> None:
         self.table = table
         self.tier = tier
-        self._rank = np.zeros(table.capacity, dtype=np.int64)
-
-    @property
-    def rank(self) -> npt.NDArray[np.int64]:
-        """A number below RANK_MAX a row: smaller goes first. Grows with the table."""
-        if len(self._rank) < self.table.capacity:
-            rank = np.zeros(self.table.capacity, dtype=np.int64)
-            rank[: len(self._rank)] = self._rank
-            self._rank = rank
-        return self._rank
+        # A number below RANK_MAX a row: smaller goes first.
+        self.rank: npt.NDArray[np.int64] = column(table.rows_max, np.int64)
 
     def members(self) -> Rows:
         """The readable blocks of the tier."""

@@ -7,6 +7,7 @@ choice restricted to leaves, and with the node's ghosts in place of a ghost queu
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.core.column import column
 from kvstore.core.eviction.base import RANK_MAX, Eligible, EvictionPolicy, RankWindow
 from kvstore.core.table import Mask, Rows, Table
 from kvstore.core.types import Tier
@@ -22,29 +23,27 @@ class S3FifoPolicy(EvictionPolicy):
 
     def __init__(self, table: Table, tier: Tier) -> None:
         super().__init__(table, tier)
-        self._uses = np.zeros(table.capacity, dtype=np.uint8)
+        self._uses: npt.NDArray[np.uint8] = column(table.rows_max, np.uint8)
         self._clock = 0
         self._small = RankWindow(self)
         self._main = RankWindow(self, _MAIN)
 
     def inserted(self, rows: Rows, returning: Mask | None = None) -> None:
         """Blocks that gave way not long ago go to the main queue at once."""
-        uses = self._counts()
-        uses[rows] = 0
+        self._uses[rows] = 0
         self._enter(rows, main=False)
         if returning is not None and returning.any():
             self._enter(rows[returning], main=True)
 
     def touched(self, rows: Rows) -> None:
         """One more use, up to three."""
-        uses = self._counts()
-        uses[rows] = np.minimum(uses[rows] + 1, _USES_MAX)
+        self._uses[rows] = np.minimum(self._uses[rows] + 1, _USES_MAX)
 
     def select(self, count: int, eligible: Eligible) -> Rows:
         """Leaves of the queue that is over its share; used ones get another round instead."""
         chosen = self._choose(count, eligible)
         for _ in range(_ROUNDS_MAX):
-            used = chosen[self._counts()[chosen] > 0]
+            used = chosen[self._uses[chosen] > 0]
             if not len(used):
                 break
             self._spare(used)
@@ -66,8 +65,7 @@ class S3FifoPolicy(EvictionPolicy):
 
     def _spare(self, rows: Rows) -> None:
         """From the small queue into the main one without its uses, or round it with one less."""
-        uses = self._counts()
-        uses[rows] = np.where(self.rank[rows] < _MAIN, 0, uses[rows] - 1)
+        self._uses[rows] = np.where(self.rank[rows] < _MAIN, 0, self._uses[rows] - 1)
         self._enter(rows, main=True)
 
     def _enter(self, rows: Rows, *, main: bool) -> None:
@@ -80,10 +78,3 @@ class S3FifoPolicy(EvictionPolicy):
         rows = self.members()
         queue: Rows = rows[(self.rank[rows] >= _MAIN) == main]
         return queue
-
-    def _counts(self) -> npt.NDArray[np.uint8]:
-        if len(self._uses) < self.table.capacity:
-            uses = np.zeros(self.table.capacity, dtype=np.uint8)
-            uses[: len(self._uses)] = self._uses
-            self._uses = uses
-        return self._uses
