@@ -48,17 +48,18 @@ class Chaos:
         self._swallow = 0.0
         self._impostor = 0.0
         self._kinds: list[tuple[Callable[[], None], float]] = [
-            (self._break_stream, 4),
+            (self._break_session, 6),
+            (self._break_link, 2),
             (self._trouble_link, 4),
             (self._cut_link, 2),
-            (self._kill_client, 3),
-            (self._crash_node, 3),
-            (self._crash_master, 1.5),
+            (self._kill_client, 2),
+            (self._crash_node, 1.5),
+            (self._crash_master, 1),
             (self._flip, 3),
             (self._fail_disk, 2),
-            (self._order, 3),
+            (self._order, 2),
             (self._stale_order, 1),
-            (self._scrub, 4),
+            (self._scrub, 3),
             (self._swallow_reports, 1),
             (self._replace_master, 1),
         ]
@@ -94,9 +95,21 @@ class Chaos:
 
     # Wires
 
-    def _break_stream(self) -> None:
-        if self.cluster.streams:
-            self.world.random.choice(self.cluster.streams).cut()
+    def _break_session(self) -> None:
+        """A client's stream ends, and its process lives."""
+        clients = [c for c in self.cluster.clients if c.alive and c.stream is not None]
+        if clients:
+            # Rather of those who hold something: with them it matters.
+            weights = [1 + 4 * sum(len(r.holds) for r in c.readings) for c in clients]
+            stream = self.world.random.choices(clients, weights)[0].stream
+            assert stream is not None
+            stream.cut()
+
+    def _break_link(self) -> None:
+        """A node's stream to its master ends."""
+        node = self.world.random.choice(self.cluster.nodes)
+        if node.up and node.master.stream is not None:
+            node.master.stream.cut()
 
     def _trouble_link(self) -> None:
         random = self.world.random
@@ -119,7 +132,7 @@ class Chaos:
     def _swallow_reports(self) -> None:
         self._swallow = 0.5
         self._later(1.0, "no report is swallowed", self._swallow_none)
-        self._break_stream()
+        self._break_link()
 
     def _swallow_none(self) -> None:
         self._swallow = 0.0
@@ -153,7 +166,7 @@ class Chaos:
         """For a while an older master answers in the place of the real one."""
         self._impostor = 0.7
         self._later(1.0, "the impostor goes", self._no_impostor)
-        self._break_stream()
+        self._break_link()
 
     def _no_impostor(self) -> None:
         self._impostor = 0.0
@@ -187,7 +200,7 @@ class Chaos:
 
     def _directive(self, epoch: int = 0) -> master_pb2.Directive:
         random = self.world.random
-        if random.random() < 0.3:
+        if random.random() < 0.15:
             root = random.choice([b"", *(space.root for space in self.cluster.spaces)])
             purge = master_pb2.PurgeNamespace(root=root)
             return master_pb2.Directive(id=7, purge=purge, cluster_epoch=epoch)

@@ -12,7 +12,8 @@ from tests.sim.writing import Writing
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
-THINK_S = 0.3
+THINK_S = 0.2
+HEAT = (8, 2, 3, 3, 3)  # how often each chain of a space is wanted
 
 
 class Client:
@@ -142,7 +143,8 @@ class Client:
     def _think(self) -> bool:
         if self.stopping:
             return False
-        self.later("think", self.world.soon(THINK_S), self._think)
+        pause = THINK_S * (2 if self.cluster.chaos.ended else 1)
+        self.later("think", self.world.soon(pause), self._think)
         if self.welcome is None:
             return False
         action = self.world.random.choices(
@@ -156,8 +158,8 @@ class Client:
         """Some consecutive keys of a chain of its tenant."""
         random = self.world.random
         mine = [space for space in self.cluster.spaces if space.tenant == self.tenant]
-        space = random.choices(mine, (4, 1))[0]
-        chain = random.choice(space.chains)
+        space = random.choices(mine, (5, 1))[0]
+        chain = random.choices(space.chains, HEAT[: len(space.chains)])[0]
         count = len(chain.keys)
         first = random.choice((0, 0, 0, random.randrange(count)))
         return space, chain, first, random.randint(first + 1, count)

@@ -15,7 +15,8 @@ from tests.sim.scenery import spaces
 from tests.sim.world import World
 
 NODES = 3
-CLIENTS = ((0, "red"), (0, "blue"), (1, "red"), (2, "blue"))  # node and tenant of each
+HOSTS = ((0, 0, 1, 2), (0, 0, 1, 1), (0, 0, 0, 1))  # the node of each client
+TENANT_OF = ("red", "blue", "red", "blue")
 CHECK_EVERY_STEPS = 20
 HEAL_S = 5.0 + 2.0  # and two heartbeats
 LEAVE_S = 2.5  # the quarantine, and some
@@ -39,7 +40,6 @@ class Cluster:
     def __init__(self, seed: int, show: Callable[[str], None] | None = None) -> None:
         self.world = World(seed, show)
         self.oracle = Oracle(seed)
-        self.streams: list[Stream] = []
         self.master = Master(self)
         self.nodes = [Node(self, number) for number in range(NODES)]
         self.links = {
@@ -53,9 +53,10 @@ class Cluster:
             node.start()
         first = self.nodes[0].namespaces
         self.spaces = spaces(self.world, {name: space.root for name, space in first.items()})
+        hosts = self.world.random.choice(HOSTS)
         self.clients = [
             Client(self, number, self.nodes[at], tenant)
-            for number, (at, tenant) in enumerate(CLIENTS)
+            for number, (at, tenant) in enumerate(zip(hosts, TENANT_OF, strict=True))
         ]
         for client in self.clients:
             client.start()
@@ -68,21 +69,17 @@ class Cluster:
             return None
         stream = Stream(self.world, self.links["clients", node.node_id], client, node)
         node.by_stream[stream] = None
-        return self._keep(stream)
+        return stream
 
     def connect_master(self, session: MasterSession) -> Stream | None:
         """A stream of a node to the master, or to whoever answers in its place."""
         link = self.links["master", session.node.node_id]
         if self.chaos.impostor_answers():
-            return self._keep(Stream(self.world, link, session, Impostor(self)))
+            return Stream(self.world, link, session, Impostor(self))
         if not self.master.up:
             return None
         stream = Stream(self.world, link, session, self.master)
         self.master.streams[stream] = None
-        return self._keep(stream)
-
-    def _keep(self, stream: Stream) -> Stream:
-        self.streams = [*self.streams[-15:], stream]
         return stream
 
     def swallows(self) -> bool:
@@ -133,7 +130,7 @@ class Cluster:
                 self._check(self.nodes[number // CHECK_EVERY_STEPS % NODES])
         self._heal()
         return Result(
-            world.steps,
+            steps,
             self.oracle.reads,
             self.oracle.acked,
             self.oracle.discarded,
@@ -159,7 +156,8 @@ class Cluster:
         self._run_until(self.world.now + HEAL_S)
         self._all_here()
         for client in self.clients:
-            must(client.stream is not None, "I9", f"{client.name} has no session")
+            here = client.stream is not None or client.readings or client.writings
+            must(here, "I9", f"{client.name} has no session, and holds nothing of a lost one")
             client.stopping = True
         self._run_until(self.world.now + 0.5)
         for client in self.clients:

@@ -23,7 +23,7 @@ def must(condition: object, promise: str, what: str) -> None:
         raise Broken(promise, what)
 
 
-@dataclass
+@dataclass(eq=False)
 class Hold:
     """A client's use of one slot, from the answer that gave it until the client lets go."""
 

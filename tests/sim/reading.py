@@ -52,6 +52,10 @@ class SimLease(Lease):
         """It may be released from now on."""
         self._closed = lambda: None
 
+    def gave_back(self, index: int) -> bool:
+        """Whether the block was released, maybe before it came."""
+        return bool(self._released[index])
+
     def expire(self) -> None:
         """What its timer does."""
         if not self.ended:
@@ -76,6 +80,7 @@ class Reading:
         self.holds: dict[int, Hold] = {}
         self.session_lives = True
         self._copying = False
+        self._stalled = False  # the process was slow once, for longer than a quarantine
         random = client.world.random
         timeout_s = random.choice((0.0, 0.3, 2.0))
         parent = chain.keys[first - 1] if first else b""
@@ -97,7 +102,7 @@ class Reading:
             self.lease.on_response(message)
         oracle = self.client.cluster.oracle
         for index in range(before, self.lease.granted):
-            if (offset := int(self.lease.offsets[index])) < 0:
+            if (offset := int(self.lease.offsets[index])) < 0 or self.lease.gave_back(index):
                 continue
             name = (self.client.node.node_id, self.space.tenant, self.keys[index])
             must(name in oracle.committed, "I2", f"block {index} was never committed")
@@ -139,11 +144,16 @@ class Reading:
         for index in self._wanted():
             offset = int(self.lease.offsets[index])
             parts[index] = pool[offset : offset + half].tobytes()
-        pause = self.client.world.random.choices((COPY_S, 1.5), (4, 1))[0]
+        pause = self.client.world.random.choices((COPY_S, 0.8), (1, 1))[0]
         self.client.later("copied", self.client.world.soon(pause), self._copied, parts, half)
 
     def _copied(self, parts: dict[int, bytes], half: int) -> None:
         """The rest, then the generation check: right bytes, or they are discarded."""
+        if not self.session_lives and not self._stalled and self.client.world.chance(0.7):
+            self._stalled = True
+            pause = self.client.world.random.uniform(1.5, 4.0)
+            self.client.later("copied late", pause, self._copied, parts, half)
+            return
         oracle, pool = self.client.cluster.oracle, self.welcome.pool
         for index, part in parts.items():
             if index not in self.holds:
@@ -188,12 +198,14 @@ class Reading:
         self.session_lives = False
         self.lease.on_error(UnavailableError("the session is lost"))
         if not self._copying:
-            self.client.later("let go", self.client.world.soon(1.5), self._let_go)
+            random = self.client.world.random
+            delay = random.choice((random.uniform(0.0, 0.5), random.uniform(2.0, 4.0)))
+            self.client.later("let go", delay, self._let_go)
 
     def _let_go(self) -> bool:
         if self not in self.client.readings or self._copying:
             return False
-        if self.client.world.chance(0.5):
+        if self.client.world.chance(0.7):
             self._copy_soon()
             return True
         return self._release_rest()
