@@ -35,20 +35,24 @@ SUITES: dict[str, tuple[str, ...]] = {
     "client": ("tests/client/test_client_reading.py", "tests/client/test_client_session.py"),
     "ssd": ("tests/node/test_node_ssd.py", "tests/node/test_node_ssd_failure.py"),
     "durable": ("tests/node/test_node_durable.py",),
+    "F2": ("tests/faults/test_f02_node_killed.py",),
+    "F4": ("tests/faults/test_f04_client_killed.py",),
+    "F11": ("tests/faults/test_f11_stopped.py",),
+    "F13": ("tests/faults/test_f13_slow_reader.py",),
 }
 
 # Suites that ought to catch a bug, the quickest first.
 TABLE: dict[str, tuple[str, ...]] = {
     "skip-fsync": ("ssd",),
-    "ack-before-write": ("store",),
+    "ack-before-write": ("store", "F2"),
     "skip-directory-fsync": ("durable",),
     "skip-checksum": ("ssd",),
-    "compare-64-bits": ("store",),
-    "visible-before-commit": ("store",),
-    "ignore-lease": ("store",),
-    "no-generation-check": ("client",),
+    "compare-64-bits": ("store", "F2"),
+    "visible-before-commit": ("store", "F4", "F2"),
+    "ignore-lease": ("store", "F13", "F11"),
+    "no-generation-check": ("client", "F13", "F11"),
     "ignore-epoch": ("store",),
-    "leak-pending": ("store",),
+    "leak-pending": ("store", "F4", "F11"),
     "swallow-eio": ("ssd",),
     "drop-tenant": ("store",),
 }
