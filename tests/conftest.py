@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.daemons import PLANTED
-from tests.faults.report import PROPERTY
+from tests.faults.report import PROPERTY, merged
 
 LINES_FILE = "KVSTORE_SUITE_LINES"  # a file to which the lines are written as well
 
@@ -21,7 +21,7 @@ def pytest_sessionstart() -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line a suite, from every process that ran tests."""
-    lines = sorted(
+    lines = merged(
         str(value)
         for reports in terminalreporter.stats.values()
         for report in reports
