@@ -32,9 +32,14 @@ MUTATIONS: Mapping[str, tuple[Mutation, ...]] = {
     "skip-checksum": (Mutation("kvstore.node.ssd:verify", "return all(", "return True or all("),),
     "compare-64-bits": (
         Mutation(
-            "kvstore.core.table:Table.__init__",
-            "self.index: dict[bytes, int] = {}",
-            "import tests.faults.prefixes as p; self.index = p.PrefixDict()",
+            "kvstore.core.key_index:KeyIndex.find",
+            ".tobytes() == key:",
+            ".tobytes()[:8] == key[:8]:",
+        ),
+        Mutation(
+            "kvstore.core.key_index:_same",
+            "(keys == others).view(np.uint32).ravel() == _ALL_SAME",
+            "keys[:, 0] == others[:, 0]",
         ),
         Mutation("kvstore.core.directory:_same_key", "range(1, 4)", "range(1, 1)"),
     ),
@@ -75,7 +80,8 @@ MUTATIONS: Mapping[str, tuple[Mutation, ...]] = {
     "swallow-eio": (
         Mutation(
             "kvstore.node.ssd:SsdTier._write_data",
-            'self._fail(f"fdatasync: {error}")\n        return {id(op) for op in writes}',
+            'self._fail(f"fdatasync: {error}")\n'
+            "        return {id(op): IoOutcome.FAILED for op in writes}",
             'log.error("fdatasync: %s", error)',
         ),
     ),
