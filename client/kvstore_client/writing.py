@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 from kvstore.core.types import AckLevel, ReserveStatus
-from kvstore.errors import InternalError, InvalidArgumentError, PreconditionError
+from kvstore.errors import InternalError, InvalidArgumentError, PreconditionError, UnavailableError
 from kvstore_proto import node_pb2
 
 from kvstore_client.copying import Bytes, as_bytes, checksum, scatter, scatter_one
@@ -94,12 +94,14 @@ class Write:
         self.nbytes = block_bytes // request.num_shards
         self._shift = request.shard_index * self.nbytes
         self._offsets: npt.NDArray[np.int64] = np.full(count, -1, dtype=np.int64)
+        self._generations: npt.NDArray[np.uint32] = np.zeros(count, dtype=np.uint32)
         self._open: npt.NDArray[np.bool_] = np.zeros(count, dtype=np.bool_)
         self._digests: npt.NDArray[np.uint64] = np.zeros(count, dtype=np.uint64)
         self._hashed: npt.NDArray[np.bool_] = np.zeros(count, dtype=np.bool_)
         self._client = client
         self._session = client.session
         self._pool = client.mapping.pool
+        self._directory = client.mapping.directory
         self._request = node_pb2.SessionRequest(reserve=request)
         self._timeout_s = timeout_s
         self._closed: Callable[[], None] | None = None
@@ -152,6 +154,9 @@ class Write:
         if len(reserved.statuses) != self.count:
             raise InternalError(f"{len(reserved.statuses)} statuses for {self.count} keys")
         statuses = np.frombuffer(reserved.statuses, dtype=np.uint8)
+        generations = np.frombuffer(reserved.generations, dtype="<u4")
+        if len(generations) != sum(run.count for run in reserved.runs):
+            raise InternalError(f"{len(generations)} generations, not one for each slot")
         for run in reserved.runs:
             end = run.first + run.count
             last = run.offset + (run.count - 1) * run.stride + self._shift + self.nbytes
@@ -159,6 +164,8 @@ class Write:
                 raise InternalError(f"slots {run.first}+{run.count} at {run.offset}: out of range")
             start = run.offset + self._shift
             self._offsets[run.first : end] = start + run.stride * np.arange(run.count)
+            self._generations[run.first : end] = generations[: run.count]
+            generations = generations[run.count :]
         to_fill = statuses == ReserveStatus.SLOT
         if (self._offsets[to_fill] < 0).any():
             raise InternalError("the node reserved a block without saying where")
@@ -179,8 +186,13 @@ class Write:
         return self._views.array(index, dtype, shape)
 
     def put(self, index: int, data: Any) -> None:
-        """Copies ``data`` (array, tensor or buffer) into the slot of block ``index``."""
+        """Copies ``data`` (array, tensor or buffer) into the slot of block ``index``.
+
+        Raises UnavailableError if the slot is another's by now, which only the loss of the session
+        allows.
+        """
         self._chosen([index])
+        self._check_kept(index, index + 1)
         source = as_bytes(data)
         if len(source) != self.nbytes:
             raise InvalidArgumentError(
@@ -192,10 +204,11 @@ class Write:
     def put_range(self, first: int, data: Bytes) -> None:
         """Copies consecutive blocks of ``data`` to the slots of blocks ``first`` …
 
-        Blocks that have no slot, for whatever reason, are passed over.
+        Blocks that have no slot, for whatever reason, are passed over. Raises as ``put`` does.
         """
         end = first + len(data) // self.nbytes
         if self._open[first:end].all():
+            self._check_kept(first, end)
             offsets = self._offsets[first:end]
             self._digests[first:end] = scatter(self._pool, offsets, self.nbytes, data)
             self._hashed[first:end] = True
@@ -203,6 +216,11 @@ class Write:
         for index in (first + np.flatnonzero(self._open[first:end])).tolist():
             at = (index - first) * self.nbytes
             self.put(index, data[at : at + self.nbytes])
+
+    def _check_kept(self, first: int, end: int) -> None:
+        now = self._directory.generations_at(self._offsets[first:end] - self._shift)
+        if not np.array_equal(now, self._generations[first:end]):
+            raise UnavailableError("the session was lost, and its slots with it: nothing is copied")
 
     def _chosen(self, indices: Indices | None) -> npt.NDArray[np.int64]:
         """``indices``, or all that are open; PreconditionError if one of them is not."""

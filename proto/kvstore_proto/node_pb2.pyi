@@ -528,8 +528,11 @@ class Reserved(_message.Message):
 
     STATUSES_FIELD_NUMBER: _builtins.int
     RUNS_FIELD_NUMBER: _builtins.int
+    GENERATIONS_FIELD_NUMBER: _builtins.int
     statuses: _builtins.bytes
     """one ReserveStatus a byte, in the order of the keys"""
+    generations: _builtins.bytes
+    """u32 little-endian each, in the order of the runs: a client"""
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotRun]:
         """of those with status SLOT"""
@@ -539,10 +542,11 @@ class Reserved(_message.Message):
         *,
         statuses: _builtins.bytes = ...,
         runs: _abc.Iterable[Global___SlotRun] | None = ...,
+        generations: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["runs", b"runs", "statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generations", b"generations", "runs", b"runs", "statuses", b"statuses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

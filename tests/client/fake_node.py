@@ -187,7 +187,10 @@ class FakeNode(node_pb2_grpc.NodeServicer):
                 runs.append(self.run(i, self._next_offset))
                 self.writer.bump_generations(np.array([self._next_offset]))
                 self._next_offset += stride
-        return [Response(reserved=node_pb2.Reserved(statuses=bytes(statuses), runs=runs))]
+        offsets = np.array([run.offset for run in runs], dtype=np.int64)
+        generations = self.writer.generations_at(offsets).astype("<u4").tobytes()
+        reserved = node_pb2.Reserved(statuses=bytes(statuses), runs=runs, generations=generations)
+        return [Response(reserved=reserved)]
 
     def _commit(self, request: Request) -> list[Response]:
         commit = request.commit

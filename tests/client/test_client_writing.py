@@ -8,6 +8,7 @@ from kvstore.errors import (
     InvalidArgumentError,
     PreconditionError,
     ResourceExhaustedError,
+    UnavailableError,
 )
 from kvstore_client import (
     AckLevel,
@@ -154,6 +155,7 @@ async def test_I11_reservations_that_cannot_be_right_are_an_error(
             return None
         reserved = node_pb2.Reserved(statuses=statuses)
         if run is not None:
+            reserved.generations = bytes(4 * run[1])
             reserved.runs.add(first=run[0], count=run[1], offset=run[2], stride=BLOCK)
         return [Response(reserved=reserved)]
 
@@ -161,6 +163,35 @@ async def test_I11_reservations_that_cannot_be_right_are_an_error(
     with pytest.raises(InternalError, match=message):
         async with ns.write(KEYS[:2]):
             raise AssertionError("nothing was reserved")
+
+
+async def test_I11_every_slot_has_a_generation(ns: Namespace, node: FakeNode) -> None:
+    def answer(request: Request) -> list[Response] | None:
+        if request.WhichOneof("request") != "reserve":
+            return None
+        (response,) = node.own_answer(request)
+        response.reserved.generations = bytes(4)
+        return [response]
+
+    node.answer = answer
+    with pytest.raises(InternalError, match="1 generations"):
+        async with ns.write(KEYS[:2]):
+            raise AssertionError("nothing was reserved")
+
+
+async def test_I4_a_late_writer_copies_nothing_into_a_slot_of_another(
+    ns: Namespace, node: FakeNode
+) -> None:
+    async with ns.write(KEYS[:4]) as write:
+        write.put(0, block(0))
+        node.writer.bump_generations(np.array([2 * BLOCK]))
+        write.put(1, block(1))
+        with pytest.raises(UnavailableError, match="slots"):
+            write.put(2, block(2))
+        with pytest.raises(UnavailableError, match="slots"):
+            write.put_range(1, np.frombuffer(block(1, 3 * BLOCK), np.uint8))
+        assert not node.pool[2 * BLOCK : 4 * BLOCK].any()
+        write.put(3, block(3))
 
 
 async def test_an_answer_to_a_commit_must_cover_all_blocks(ns: Namespace, node: FakeNode) -> None:

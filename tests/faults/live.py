@@ -21,6 +21,13 @@ from tests.faults.daemons import daemon_command
 READY_TIMEOUT_S = 30.0
 HEAL_TIMEOUT_S = 5.0  # I9, besides two heartbeats
 MIB = 1 << 20
+COVERAGE = "COVERAGE_PROCESS_CONFIG"
+
+
+def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Of a process that will be killed: its coverage would be lost, and makes its start slow."""
+    kept = {name: value for name, value in os.environ.items() if name != COVERAGE}
+    return {**kept, **(more or {})}
 
 
 async def until(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
@@ -38,7 +45,7 @@ class LiveDaemon:
     def __init__(self, module: str, *flags: str, environ: Mapping[str, str] | None = None) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="kvs-"))
         self._command = [*daemon_command(module), *flags, "--metrics-listen", ""]
-        self._environ = {**os.environ, **(environ or {})}
+        self._environ = environment(environ)
         self.process: subprocess.Popen[str] | None = None
         self.address = ""
 

@@ -78,8 +78,8 @@ async def write(ns: Namespace, keys: list[bytes]) -> str:
         for index in range(BLOCKS // 2):
             slots.put(index, data[index])
         say("holding")
-        await asyncio.to_thread(write_late, slots, data)
         try:
+            await asyncio.to_thread(write_late, slots, data)
             await slots.commit()
         except UnavailableError:
             return "lost"

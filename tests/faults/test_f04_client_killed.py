@@ -28,7 +28,7 @@ from tests.faults.forked_client import (
     data_of,
     keys_of,
 )
-from tests.faults.live import HEAL_TIMEOUT_S, MIB, LiveNode, Observer
+from tests.faults.live import HEAL_TIMEOUT_S, MIB, LiveNode, Observer, environment
 from tests.faults.report import Record, finish
 
 KILLS = size(200, 1000, 5000)
@@ -106,6 +106,7 @@ async def test_F4_client_killed_at_every_stage(record_property: Record) -> None:
             node.address,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            env=environment(),
         )
         checker = Checker(client, await client.open_namespace(SPEC), server)
         for number in range(KILLS):

@@ -7,7 +7,6 @@ clock: all of them end when they would have ended, and no lease is lost.
 
 import asyncio
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ import pytest
 
 from tests.faults.columns import SEED, size
 from tests.faults.daemons import daemon_command
-from tests.faults.live import HEAL_TIMEOUT_S, LiveMaster, LiveNode, Observer
+from tests.faults.live import HEAL_TIMEOUT_S, LiveMaster, LiveNode, Observer, environment
 from tests.faults.report import Record, finish
 
 EPISODES = size(20, 50, 50)
@@ -73,7 +72,7 @@ async def run_episodes(node: str, master: str, environ: dict[str, str]) -> list[
         *(node, master, environ["KVSTORE_WALL_CLOCK"]),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, **environ},
+        env=environment(environ),
     )
     assert client.stdin is not None
     assert client.stdout is not None

@@ -23,10 +23,11 @@ class End(NamedTuple):
 
 
 class Reserved(NamedTuple):
-    """One ReserveStatus a byte, and the slots of those with SLOT."""
+    """One ReserveStatus a byte; slots and generations (u32 little-endian) of those with SLOT."""
 
     statuses: bytes
     runs: list[SlotRun]
+    generations: bytes
 
 
 class Committed(NamedTuple):

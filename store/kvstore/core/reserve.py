@@ -259,7 +259,8 @@ class Reserves:
         offsets = self.blocks.table.dram_offset[reservation.rows[indices]]
         sources = np.full(len(indices), Tier.DRAM, dtype=np.uint8)
         runs = slot_runs(offsets, indices, sources, reservation.namespace.slot_bytes)
-        body = Reserved(reservation.statuses.tobytes(), runs)
+        generations = self.blocks.directory.generations_at(offsets).tobytes()
+        body = Reserved(reservation.statuses.tobytes(), runs, generations)
         self._reply(session.id, reservation.request_id, body)
         full = int((reservation.statuses == ReserveStatus.FULL).sum())
         self.blocks.count("refused_full_blocks", full)

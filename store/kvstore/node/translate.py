@@ -108,7 +108,9 @@ def _end(request_id: int, body: fx.End) -> Response:
 
 
 def _reserved(request_id: int, body: fx.Reserved) -> Response:
-    reserved = node_pb2.Reserved(statuses=body.statuses, runs=_runs(body.runs))
+    reserved = node_pb2.Reserved(
+        statuses=body.statuses, runs=_runs(body.runs), generations=body.generations
+    )
     return Response(id=request_id, reserved=reserved)
 
 
