@@ -40,8 +40,9 @@ def slot_runs(
 class Acquires:
     """All leases that have not ended, in the order of their requests, and what they wait for.
 
-    A lease waits at one row: the first that is not in DRAM. Reads are started for the oldest
-    lease first, several at a time along its chain.
+    A lease waits at one row: the first that is not in DRAM. Reads are started ahead of it along
+    its chain. The oldest lease has three quarters of those that may be out, the next one as much
+    of what is left, and so on; what one of them does not need goes to the oldest that does.
     """
 
     def __init__(self, tiering: Tiering, transfers: Transfers) -> None:
@@ -92,10 +93,14 @@ class Acquires:
         self._advance(lease)
 
     def prefetch(self, namespace: Namespace, keys: list[bytes]) -> int:
-        """Queues loads of leading blocks that are on SSD only; how many."""
+        """Queues loads of leading blocks that are on SSD only; how many.
+
+        At most half of what DRAM holds: nothing pins them, and more would push out themselves.
+        """
         rows, _ = self._leading(namespace, keys, dram_only=False)
         rows = rows[self.blocks.table.dram_state[rows] == DramState.NONE]
         rows = rows[: max(0, self.blocks.config.prefetch_max - len(self._prefetch))]
+        rows = rows[: max(1, self.blocks.dram.slots_max(namespace.slot_bytes) // 2)]
         self.blocks.ssd_policy.touched(rows)
         self._prefetch.extend(rows.tolist())
         return len(rows)
@@ -142,13 +147,14 @@ class Acquires:
                 self._advance(lease)
 
     def pump(self) -> None:
-        """Starts reads, for the oldest lease first, then for prefetches."""
+        """Starts reads for the leases that wait, then for prefetches."""
         if self._starved_at == self.blocks.room_version:
             return
-        for lease in list(self.waiting):
+        reads_max = self.blocks.config.reads_in_flight_max
+        for lease, share in [*self._shares(), *((lease, reads_max) for lease in self.waiting)]:
             if self.transfers.read_room <= 0:
                 return
-            if not self._read_ahead(lease):
+            if lease in self.waiting and not self._read_ahead(lease, share):
                 self._starved_at = self.blocks.room_version
                 return
         while self._prefetch and self.transfers.read_room > 0:
@@ -267,13 +273,31 @@ class Acquires:
         if lease.ended and not keep and not lease.held.any():
             session.leases.pop(lease.request_id, None)
 
-    def _read_ahead(self, lease: Lease) -> bool:
-        """Starts reads for a lease; False if DRAM has no slot for them."""
+    def _shares(self) -> list[tuple[Lease, int]]:
+        """How many reads each of the oldest leases may have out while others want some too.
+
+        Only leases that DRAM can hold all at once take part: two that each had a part of their
+        blocks would wait for each other's slots.
+        """
+        shares: list[tuple[Lease, int]] = []
+        left = self.blocks.config.reads_in_flight_max
+        space = self.blocks.dram.capacity_bytes
+        for lease in self.waiting:
+            space -= len(lease.rows) * lease.namespace.slot_bytes
+            if not left or space < 0:
+                break
+            shares.append((lease, max(1, 3 * left // 4)))
+            left -= min(shares[-1][1], len(lease.rows) - lease.granted)
+        return shares if len(shares) > 1 else []
+
+    def _read_ahead(self, lease: Lease, share: int) -> bool:
+        """Starts reads for a lease, up to its share; False if DRAM has no slot for them."""
         table = self.blocks.table
         ahead = lease.rows[lease.granted :][lease.held[lease.granted :]]
+        share -= int((table.dram_state[ahead] == DramState.LOADING).sum())
         rows = ahead[
             (table.dram_state[ahead] == DramState.NONE) & (table.ssd_state[ahead] == SsdState.LIVE)
-        ][: self.transfers.read_room]
+        ][: max(0, min(share, self.transfers.read_room))]
         rows = rows[np.sort(np.unique(rows, return_index=True)[1])]
         if not len(rows) or self.transfers.start_reads(rows) == len(rows):
             return True
