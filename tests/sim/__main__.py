@@ -66,7 +66,7 @@ def main() -> None:
     for number in options.seed:
         try:
             result = run(number, options.steps, trace=options.trace)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             traceback.print_exc()
             is_loss = isinstance(error, Broken) and error.lost
             lost, wrong = lost + is_loss, wrong + (not is_loss)

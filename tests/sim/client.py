@@ -49,7 +49,7 @@ class Client:
     def kill(self) -> None:
         """SIGKILL: nothing of it touches anything any more."""
         self.alive = False
-        for work in (*self.readings, *self.writings):
+        for work in self.works():
             work.drop()
         if self.stream is not None:
             self.stream.close(self)
@@ -70,6 +70,10 @@ class Client:
             return call(*arguments) if self.alive and life == self.lives else False
 
         self.world.after(delay_s, f"{self.name} {what}", happen)
+
+    def works(self) -> list[Reading | Writing]:
+        """All that holds, or waits for, something."""
+        return [*self.readings, *self.writings]
 
     # The session
 
@@ -107,7 +111,7 @@ class Client:
         if self.stream is None or self.welcome is None:
             return
         self.stream.send(self, "goodbye")
-        for work in (*self.readings, *self.writings):
+        for work in self.works():
             work.drop()
         self.readings.clear()
         self.writings.clear()

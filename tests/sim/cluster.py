@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvstore.core.clients import Sight
+
 from tests.sim.chaos import Chaos, Impostor
 from tests.sim.client import Client
 from tests.sim.final import final_reads
 from tests.sim.master import Master
 from tests.sim.master_session import MasterSession
 from tests.sim.network import Link, Stream
-from tests.sim.node import Node, Sight
+from tests.sim.node import Node
 from tests.sim.oracle import Oracle, must
 from tests.sim.scenery import spaces
 from tests.sim.world import World
@@ -115,7 +117,7 @@ class Cluster:
         """A node waits no longer for a lost client that it cannot see."""
         for client in self.clients:
             if client.alive and client.client_id == client_id:
-                for work in (*client.readings, *client.writings):
+                for work in client.works():
                     if not work.session_lives:
                         work.in_doubt()
 
@@ -156,7 +158,7 @@ class Cluster:
         self._run_until(self.world.now + HEAL_S)
         self._all_here()
         for client in self.clients:
-            here = client.stream is not None or client.readings or client.writings
+            here = client.stream is not None or client.works()
             must(here, "I9", f"{client.name} has no session, and holds nothing of a lost one")
             client.stopping = True
         self._run_until(self.world.now + 0.5)

@@ -314,8 +314,8 @@ class Node:
         call = getattr(self.core, kind)
         shard = {}
         if kind == "reserve":
-            *rest, index, count = rest
-            shard = {"shard_index": index, "num_shards": count}
+            shard = {"shard_index": rest[-2], "num_shards": rest[-1]}
+            rest = rest[:-2]
         self.apply(call(session.id, request, *rest, self.world.now, **shard))
 
     def _admit(self, stream: Stream, hello: Hello) -> None:
@@ -381,9 +381,7 @@ class Node:
         must(held == self.told, "I6", "the events do not add up to the inventory")
         for usage in self.core.usage():
             total = usage.free_bytes + usage.live_bytes + usage.pending_bytes
-            must(
-                total + usage.quarantined_bytes == usage.capacity_bytes, "I6", f"space of {usage}"
-            )
+            must(total + usage.quarantined_bytes == usage.capacity_bytes, "I6", f"space of {usage}")
         for space in self.cluster.spaces:
             for chain in space.chains:
                 expected = []

@@ -9,7 +9,7 @@ HELD_BY_ONE = "write"
 SHARED = "read"
 
 
-class Broken(AssertionError):
+class Broken(AssertionError):  # noqa: N818
     """A promise was broken. ``wrong`` bytes or state, or ``lost`` blocks."""
 
     def __init__(self, promise: str, what: str, *, lost: bool = False) -> None:

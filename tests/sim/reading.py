@@ -1,6 +1,6 @@
 """One read of a client: the real Lease, a copy that takes its time, and the check behind it."""
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from kvstore.core.effects import Body, Reply
@@ -65,16 +65,14 @@ class SimLease(Lease):
 class Reading:
     """An acquire, from its request to the release of the last block."""
 
-    def __init__(
-        self, client: "Client", space: Space, chain: Chain, first: int, last: int
-    ) -> None:
+    def __init__(self, client: "Client", space: Space, chain: Chain, first: int, last: int) -> None:
         assert client.welcome is not None
         self.client = client
         self.welcome: Welcome = client.welcome
         self.space = space
         self.keys = chain.keys[first:last]
         wire = Wire(client)
-        pieces = cast(Any, (wire, self.welcome))
+        pieces: tuple[Any, Any] = (wire, self.welcome)
         self.lease = SimLease(*pieces, len(self.keys), space.spec.block_bytes)
         self.lease.begin()
         self.holds: dict[int, Hold] = {}
@@ -109,9 +107,8 @@ class Reading:
             hold = Hold(self.client.process, SHARED)
             oracle.take(self.welcome.instance, offset, hold)
             self.holds[index] = hold
-        if self.lease.ended:
-            self._copy_soon()
-        elif self.lease.granted > before and self.client.world.chance(0.5):
+        came = self.lease.granted > before
+        if self.lease.ended or (came and self.client.world.chance(0.5)):
             self._copy_soon()
 
     def _time_out(self) -> bool:

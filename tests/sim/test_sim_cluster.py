@@ -20,7 +20,7 @@ COUNTS = ("seeds", "steps", "faults", "reads", "synced_acks", "discarded", "lost
 
 
 def simulate(*arguments: str, **environment: str) -> tuple[str, int]:
-    """Runs ``python -m tests.sim`` without the coverage that slows it by half; output and status."""
+    """Output and status of ``python -m tests.sim``, without coverage, which slows it by half."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("COVERAGE_", "COV_"))}
     done = subprocess.run(
         [sys.executable, "-m", "tests.sim", *arguments],

@@ -20,9 +20,7 @@ FILL_S = 0.05
 class Writing:
     """A reserve, from its request until its last slot is committed or given back."""
 
-    def __init__(
-        self, client: "Client", space: Space, chain: Chain, first: int, last: int
-    ) -> None:
+    def __init__(self, client: "Client", space: Space, chain: Chain, first: int, last: int) -> None:
         assert client.welcome is not None
         self.client = client
         self.welcome: Welcome = client.welcome
@@ -77,9 +75,7 @@ class Writing:
     def _data(self, index: int) -> bytes:
         oracle, key = self.client.cluster.oracle, self.keys[index]
         oracle.issued[self.space.tenant, key].add(self.version)
-        block = oracle.content(
-            self.space.tenant, key, self.version, self.space.spec.block_bytes
-        )
+        block = oracle.content(self.space.tenant, key, self.version, self.space.spec.block_bytes)
         part = len(block) // self.shards
         return block[self.shard * part : (self.shard + 1) * part]
 
