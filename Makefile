@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv demo test check proto bench clean
+.PHONY: help venv demo test test-full teeth check proto bench clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 venv: $(STAMP) ## make .venv with everything that development needs
 
@@ -23,8 +23,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: venv ## serve a real model with its KV cache in the store, and show what hits save
 	$(BIN)/python -m tools.demo
 
-test: venv ## run every test, with coverage
+test: venv ## run every test, the fault suites in their quick column, with coverage
 	$(BIN)/python -m tools.run_tests
+
+test-full: venv ## run the fault suites in their full column
+	$(BIN)/python -m tools.run_tests --full
+
+teeth: venv ## show that the quick suites catch twelve planted bugs
+	mkdir -p build
+	$(BIN)/python -m tests.teeth --json build/teeth.json
 
 check: venv ## ruff, mypy, generated stubs, bans
 	$(BIN)/ruff check .
