@@ -6,6 +6,7 @@ import numpy as np
 
 from kvstore.core.acquire import Acquires
 from kvstore.core.admin import evict_blocks, purge_blocks
+from kvstore.core.audit import Audit, audit
 from kvstore.core.blocks import Blocks
 from kvstore.core.checks import Indices, RequestChecks, places_of
 from kvstore.core.directory import DirectoryWriter
@@ -310,7 +311,11 @@ class NodeCore:
 
     def drop_done(self, op: DropSsd, now: float) -> Effects:
         """The removal is durable: the SSD slot is free."""
-        self._transfers.drop_done(op)
+        return self.drops_done([op], now)
+
+    def drops_done(self, ops: Sequence[DropSsd], now: float) -> Effects:
+        """Several removals are durable."""
+        self._transfers.drops_done(ops)
         return self._finish(now)
 
     # Scrubbing
@@ -377,6 +382,10 @@ class NodeCore:
     def idle(self) -> bool:
         """Nothing waits and no disk request is out."""
         return self._acquires.idle and self._reserves.idle and self._transfers.idle
+
+    def audit(self) -> Audit:
+        """Whether space and leases add up; a few milliseconds for a million blocks."""
+        return audit(self._blocks)
 
     def check_integrity(self) -> None:
         """AssertionError if space, pins, links or lists do not add up; slow."""

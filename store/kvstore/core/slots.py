@@ -89,6 +89,11 @@ class SlotSpace:
         """Bytes in no slot that is in use; includes what rounding leaves unused."""
         return self.capacity_bytes - self.live_bytes - self.pending_bytes - self.quarantined_bytes
 
+    @property
+    def slots_used_bytes(self) -> int:
+        """Bytes of slots in use, as the size classes count them, not the accounts."""
+        return sum(cls.slot_bytes * int(cls.used.sum()) for cls in self._classes.values())
+
     def slots_max(self, slot_bytes: int) -> int:
         """How many slots of this size an empty tier holds."""
         span = self._span_segments(slot_bytes)

@@ -9,6 +9,13 @@ from prometheus_client.registry import Collector
 from kvstore.node.node import Node
 
 TIMEOUT_S = 2.0
+GUARDED = {  # what the core counts each time that it kept a promise which something tried to break
+    "I1": ("commit_corrupt_blocks", "corrupt_blocks", "scrub_corrupt_blocks"),
+    "I3": ("ssd_given_up_blocks", "ssd_write_errors"),
+    "I5": ("stale_epoch_orders",),
+    "I7": ("refused_full_blocks",),
+    "I8": ("restore_refused_records",),
+}
 
 
 class NodeCollector(Collector):
@@ -38,7 +45,10 @@ class NodeCollector(Collector):
         )
         return [
             self._space(),
+            self._imbalance(),
             self._blocks(),
+            self._guarded(),
+            self._broken(),
             *(GaugeMetricFamily(f"kvstore_node_{n}", text, value=v) for n, text, v in gauges),
             *(
                 CounterMetricFamily(f"kvstore_node_{name}", f"Events: {name}", value=count)
@@ -51,6 +61,37 @@ class NodeCollector(Collector):
         for usage in self._node.core.usage():
             blocks.add_metric([usage.tier.name.lower()], usage.blocks)
         return blocks
+
+    def _imbalance(self) -> Metric:
+        imbalance = GaugeMetricFamily(
+            "kvstore_node_space_imbalance_bytes",
+            "How far rows, slots and accounts were apart in the last audit of the idle node",
+            labels=["tier"],
+        )
+        for tier, nbytes in self._node.auditor.imbalance_bytes.items():
+            imbalance.add_metric([tier.name.lower()], nbytes)
+        return imbalance
+
+    def _guarded(self) -> Metric:
+        counters = self._node.core.counters
+        guarded = CounterMetricFamily(
+            "kvstore_node_promise_guarded",
+            "Events that would have broken a promise, had the node not acted",
+            labels=["promise"],
+        )
+        for promise, names in GUARDED.items():
+            guarded.add_metric([promise], sum(counters.get(name, 0) for name in names))
+        return guarded
+
+    def _broken(self) -> Metric:
+        broken = CounterMetricFamily(
+            "kvstore_node_promise_broken",
+            "Audits of the idle node that found a promise broken: a bug",
+            labels=["promise"],
+        )
+        for promise, count in self._node.auditor.broken.items():
+            broken.add_metric([promise], count)
+        return broken
 
     def _ssd_failed(self) -> bool:
         return self._node.driver.ssd is not None and bool(self._node.driver.ssd.failed)

@@ -21,6 +21,7 @@ from kvstore.core.types import CoreConfig, Namespace, Tier
 from kvstore.durable import write_durably
 from kvstore.errors import ConfigError, KVStoreError, NotFoundError
 from kvstore.node import translate
+from kvstore.node.auditor import Auditor
 from kvstore.node.clients import Clients
 from kvstore.node.dir_lock import DirectoryLock
 from kvstore.node.driver import Driver
@@ -87,6 +88,7 @@ class Node:
             )
             ssd = self._open_ssd(resources, core_config) if config.ssd else None
             self.core = NodeCore(core_config, self.directory)
+            self.auditor = Auditor(self.core)
             self.driver = Driver(self.core, self._block_events)
             resources.callback(self.driver.close)
             self.clients = Clients(
@@ -168,12 +170,14 @@ class Node:
     def start(self) -> None:
         """Begins what goes on in the background; the node serves already."""
         self.link.start()
+        self.auditor.start()
         if self.scrubber is not None:
             self.scrubber.start()
 
     async def close(self) -> None:
         """Finishes SSD writes, tells readers of the directory, and removes the pool's files."""
         await self.link.stop()
+        await self.auditor.stop()
         if self.scrubber is not None:
             await self.scrubber.stop()
         if self.driver.ssd is not None:
