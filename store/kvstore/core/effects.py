@@ -109,7 +109,7 @@ class WriteSsd(NamedTuple):
 
 
 class DropSsd(NamedTuple):
-    """Remove a key from the SSD index, durably, then call ``drop_done``: only then is it free.
+    """Remove a key from the SSD index, durably, then call ``drops_done``: only then is it free.
 
     ``row`` is -1 for a record that ``restore`` refused: it has no slot and needs no answer.
     """

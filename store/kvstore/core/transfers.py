@@ -224,16 +224,17 @@ class Transfers:
         blocks.count("ssd_read_errors", int((outcomes == IoOutcome.FAILED).sum()))
         self.tiering.release_dead(rows[~loading])
 
-    def drop_done(self, op: DropSsd) -> None:
-        """The index no longer names the slot: it is free."""
+    def drops_done(self, ops: Sequence[DropSsd]) -> None:
+        """The index no longer names these slots: they are free."""
         blocks, table = self.blocks, self.blocks.table
-        if op.row < 0:  # a record that the restore refused
+        # Row -1 stands for a record that the restore refused.
+        rows = np.array([op.row for op in ops if op.row >= 0], dtype=np.int64)
+        if not len(rows):
             return
-        if table.ssd_state[op.row] != SsdState.DROPPING:
-            raise InternalError(f"the removal of row {op.row} ended, but none was asked for")
-        row = np.array([op.row])
-        blocks.free_ssd(row, SsdState.DROPPING)
-        if table.dram_state[op.row] == DramState.LIVE:
-            self._dirty.append(op.row)
-        else:
-            blocks.discard(row)
+        unasked = rows[table.ssd_state[rows] != SsdState.DROPPING]
+        if len(unasked):
+            raise InternalError(f"the removal of row {unasked[0]} ended, but none was asked for")
+        blocks.free_ssd(rows, SsdState.DROPPING)
+        live = table.dram_state[rows] == DramState.LIVE
+        self._dirty.extend(rows[live].tolist())
+        blocks.discard(rows[~live])

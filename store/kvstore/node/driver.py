@@ -85,9 +85,4 @@ class Driver:
 
     def drops_done(self, done: Sequence[DropSsd]) -> None:
         """Removals are durable: their space is free."""
-        now = self.now()
-        effects = Effects()
-        for op in done:
-            if op.row >= 0:
-                effects.extend(self.core.drop_done(op, now))
-        self.apply(effects)
+        self.apply(self.core.drops_done(done, self.now()))
