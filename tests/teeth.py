@@ -7,6 +7,7 @@ Logs of all runs are in build/teeth/.
 """
 
 import argparse
+import io
 import json
 import os
 import subprocess
@@ -31,30 +32,32 @@ RUN_TIMEOUT_S = 900.0
 TESTS_FAILED = 1  # pytest's exit code; others say that it could not run them
 
 SUITES: dict[str, tuple[str, ...]] = {
-    "store": ("tests/store",),
-    "client": ("tests/client/test_client_reading.py", "tests/client/test_client_session.py"),
-    "ssd": ("tests/node/test_node_ssd.py", "tests/node/test_node_ssd_failure.py"),
-    "durable": ("tests/node/test_node_durable.py",),
+    "F1": ("tests/sim",),
     "F2": ("tests/faults/test_f02_node_killed.py",),
     "F4": ("tests/faults/test_f04_client_killed.py",),
+    "F5": ("tests/faults/test_f05_system_calls.py",),
+    "F6": ("tests/faults/test_f06_power_loss.py",),
+    "F7": ("tests/faults/test_f07_fsync_error.py",),
+    "F9": ("tests/faults/test_f09_damage.py",),
     "F11": ("tests/faults/test_f11_stopped.py",),
     "F13": ("tests/faults/test_f13_slow_reader.py",),
+    "F17": ("tests/store/test_store_model.py",),
 }
 
 # Suites that ought to catch a bug, the quickest first.
 TABLE: dict[str, tuple[str, ...]] = {
-    "skip-fsync": ("ssd",),
-    "ack-before-write": ("store", "F2"),
-    "skip-directory-fsync": ("durable",),
-    "skip-checksum": ("ssd",),
-    "compare-64-bits": ("store", "F2"),
-    "visible-before-commit": ("store", "F4", "F2"),
-    "ignore-lease": ("store", "F13", "F11"),
-    "no-generation-check": ("client", "F13", "F11"),
-    "ignore-epoch": ("store",),
-    "leak-pending": ("store", "F4", "F11"),
-    "swallow-eio": ("ssd",),
-    "drop-tenant": ("store",),
+    "skip-fsync": ("F6", "F5"),
+    "ack-before-write": ("F1", "F6", "F2"),
+    "skip-directory-fsync": ("F6",),
+    "skip-checksum": ("F9",),
+    "compare-64-bits": ("F17",),
+    "visible-before-commit": ("F17", "F1", "F4", "F2"),
+    "ignore-lease": ("F17", "F1", "F13", "F11"),
+    "no-generation-check": ("F13", "F11"),
+    "ignore-epoch": ("F1",),
+    "leak-pending": ("F17", "F1", "F4", "F11"),
+    "swallow-eio": ("F7", "F5"),
+    "drop-tenant": ("F1",),
 }
 
 
@@ -192,6 +195,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     options = parser.parse_args()
     bugs: list[str] = options.bug or list(BUGS)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     say = Console(width=None if sys.stdout.isatty() else 160)
     LOGS.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(max(1, options.jobs)) as pool:
