@@ -49,6 +49,7 @@ class StatusResponse(_message.Message):
     NAMESPACES_FIELD_NUMBER: _builtins.int
     LEADER_FIELD_NUMBER: _builtins.int
     PROBLEMS_FIELD_NUMBER: _builtins.int
+    SSD_ADMISSIONS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     cluster_epoch: _builtins.int
     uptime_s: _builtins.int
@@ -68,6 +69,10 @@ class StatusResponse(_message.Message):
     def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"node: what an operator should look at" """
 
+    @_builtins.property
+    def ssd_admissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """policies of the ready nodes' SSD tiers, each once"""
+
     def __init__(
         self,
         *,
@@ -82,10 +87,11 @@ class StatusResponse(_message.Message):
         namespaces: _builtins.int = ...,
         leader: _builtins.bool = ...,
         problems: _abc.Iterable[_builtins.str] | None = ...,
+        ssd_admissions: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_epoch", b"cluster_epoch", "index_bytes", b"index_bytes", "indexed_blocks", b"indexed_blocks", "leader", b"leader", "namespaces", b"namespaces", "nodes_lost", b"nodes_lost", "nodes_ready", b"nodes_ready", "problems", b"problems", "tiers", b"tiers", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_epoch", b"cluster_epoch", "index_bytes", b"index_bytes", "indexed_blocks", b"indexed_blocks", "leader", b"leader", "namespaces", b"namespaces", "nodes_lost", b"nodes_lost", "nodes_ready", b"nodes_ready", "problems", b"problems", "ssd_admissions", b"ssd_admissions", "tiers", b"tiers", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -119,6 +125,7 @@ class NodeInfo(_message.Message):
     SESSIONS_FIELD_NUMBER: _builtins.int
     TIERS_FIELD_NUMBER: _builtins.int
     PROBLEMS_FIELD_NUMBER: _builtins.int
+    SSD_ADMISSION_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     address: _builtins.str
     hostname: _builtins.str
@@ -128,6 +135,8 @@ class NodeInfo(_message.Message):
     last_seen_ms: _builtins.int
     """milliseconds since its last report"""
     sessions: _builtins.int
+    ssd_admission: _builtins.str
+    """policy of its SSD tier; empty without one"""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TierUsage]: ...
     @_builtins.property
@@ -146,10 +155,11 @@ class NodeInfo(_message.Message):
         sessions: _builtins.int = ...,
         tiers: _abc.Iterable[_common_pb2.TierUsage] | None = ...,
         problems: _abc.Iterable[_builtins.str] | None = ...,
+        ssd_admission: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "hostname", b"hostname", "last_seen_ms", b"last_seen_ms", "node_id", b"node_id", "problems", b"problems", "sessions", b"sessions", "state", b"state", "tiers", b"tiers", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "hostname", b"hostname", "last_seen_ms", b"last_seen_ms", "node_id", b"node_id", "problems", b"problems", "sessions", b"sessions", "ssd_admission", b"ssd_admission", "state", b"state", "tiers", b"tiers", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -212,9 +212,12 @@ class Heartbeat(_message.Message):
     SESSIONS_FIELD_NUMBER: _builtins.int
     SENT_UNIX_MS_FIELD_NUMBER: _builtins.int
     PROBLEMS_FIELD_NUMBER: _builtins.int
+    SSD_ADMISSION_FIELD_NUMBER: _builtins.int
     sessions: _builtins.int
     sent_unix_ms: _builtins.int
     """for people only; nothing is decided by it"""
+    ssd_admission: _builtins.str
+    """policy of the SSD tier; empty without one"""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TierUsage]: ...
     @_builtins.property
@@ -228,10 +231,11 @@ class Heartbeat(_message.Message):
         sessions: _builtins.int = ...,
         sent_unix_ms: _builtins.int = ...,
         problems: _abc.Iterable[_builtins.str] | None = ...,
+        ssd_admission: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["problems", b"problems", "sent_unix_ms", b"sent_unix_ms", "sessions", b"sessions", "tiers", b"tiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["problems", b"problems", "sent_unix_ms", b"sent_unix_ms", "sessions", b"sessions", "ssd_admission", b"ssd_admission", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

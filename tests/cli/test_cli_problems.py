@@ -5,7 +5,7 @@ import json
 
 import pytest
 from kvstore.cli.main import main
-from kvstore_proto import master_pb2
+from kvstore_proto import common_pb2, master_pb2
 
 from tests.master.rig import Master, until
 
@@ -20,6 +20,25 @@ async def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
     await asyncio.to_thread(call)
     return capsys.readouterr().out
+
+
+async def test_ssd_admission_is_shown_where_it_is_not_the_default(
+    master: Master, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node = await master.ready_node()
+    nodes = master.cluster.members.nodes
+    where = ("--master", master.address)
+    for policy, shown in (("always", False), ("second-use", True)):
+        usage = common_pb2.TierUsage(tier=common_pb2.TIER_SSD, capacity_bytes=1, free_bytes=1)
+        beat = master_pb2.Heartbeat(tiers=[usage], ssd_admission=policy)
+        await node.report(heartbeat=beat)
+        await until(lambda expected=policy: nodes["node-a"].ssd_admission == expected)  # type: ignore[misc]
+        out = await run(capsys, "status", *where)
+        assert (f"SSD admission: {policy}" in out) == shown
+        status = json.loads(await run(capsys, "status", "--json", *where))
+        assert status["ssd_admissions"] == [policy]
+        [listed] = json.loads(await run(capsys, "nodes", "--json", *where))["nodes"]
+        assert listed["ssd_admission"] == policy
 
 
 async def test_problems_of_nodes(master: Master, capsys: pytest.CaptureFixture[str]) -> None:

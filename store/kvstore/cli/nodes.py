@@ -100,6 +100,7 @@ def node_json(node: admin_pb2.NodeInfo) -> dict[str, Any]:
         "sessions": node.sessions,
         "tiers": [usage_json(usage) for usage in node.tiers],
         "problems": list(node.problems),
+        "ssd_admission": node.ssd_admission,
     }
 
 

@@ -21,6 +21,7 @@ from kvstore.cli.output import (
     tier_text,
 )
 from kvstore.core.keys import DEFAULT_TENANT
+from kvstore.node.settings import NodeConfig
 
 
 def status(master: MasterOption = DEFAULT_MASTER, as_json: JsonOption = False) -> None:
@@ -41,6 +42,8 @@ def status(master: MasterOption = DEFAULT_MASTER, as_json: JsonOption = False) -
     print_problems(answer.problems)
     if answer.tiers:
         _print_tiers(out, list(answer.tiers))
+    if any(policy != NodeConfig.ssd_admission for policy in answer.ssd_admissions):
+        out.print(f"SSD admission: {', '.join(answer.ssd_admissions)}", markup=False)
     if namespaces:
         _print_namespaces(out, namespaces)
 
@@ -71,6 +74,7 @@ def status_json(
         "indexed_blocks": answer.indexed_blocks,
         "index_bytes": answer.index_bytes,
         "problems": list(answer.problems),
+        "ssd_admissions": list(answer.ssd_admissions),
         "tiers": [usage_json(usage) for usage in answer.tiers],
         "namespaces": [namespace_json(info) for info in namespaces],
     }

@@ -61,6 +61,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 for n in cluster.members.connected()
                 for text in n.problems
             ],
+            ssd_admissions=sorted({n.ssd_admission for n in ready} - {""}),
         )
 
     async def ListNodes(  # noqa: N802
@@ -93,6 +94,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             sessions=node.sessions,
             tiers=node.tiers,
             problems=[] if node.state is NodeState.LOST else node.problems,
+            ssd_admission=node.ssd_admission,
         )
 
     async def ListNamespaces(  # noqa: N802

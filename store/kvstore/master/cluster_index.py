@@ -115,6 +115,7 @@ class ClusterIndex:
             case "heartbeat":
                 node.sessions = report.heartbeat.sessions
                 node.tiers = list(report.heartbeat.tiers)
+                node.ssd_admission = report.heartbeat.ssd_admission[:PROBLEM_CHARS_MAX]
                 node.problems = [
                     text[:PROBLEM_CHARS_MAX] for text in report.heartbeat.problems[:PROBLEMS_MAX]
                 ]

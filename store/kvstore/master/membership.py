@@ -103,6 +103,7 @@ class Node:
     sessions: int = 0
     tiers: list[common_pb2.TierUsage] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    ssd_admission: str = ""
     link: NodeLink | None = None
 
 
@@ -153,6 +154,7 @@ class Membership:
         node.state = NodeState.LOST
         node.sessions = 0
         node.tiers = []
+        node.ssd_admission = ""
         self.lost_total += 1
         return True
 

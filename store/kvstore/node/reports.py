@@ -152,12 +152,14 @@ class Reports:
 
     def heartbeat(self) -> Report:
         """Space, and that the node lives."""
+        config = self._node.core.config
         return Report(
             heartbeat=master_pb2.Heartbeat(
                 tiers=[translate.usage_to_message(usage) for usage in self._node.core.usage()],
                 sessions=self._node.sessions_open(),
                 sent_unix_ms=time.time_ns() // 1_000_000,
                 problems=self._node.problems(),
+                ssd_admission=config.ssd_admission if config.ssd_bytes else "",
             )
         )
 
