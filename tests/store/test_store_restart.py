@@ -44,6 +44,18 @@ def test_I3_restart_is_warm_and_keeps_the_order_of_chains(tiers: Rig) -> None:
     again.settle()
 
 
+def test_I3_restart_of_a_full_table_keeps_every_block() -> None:
+    rig = Rig(8, 8, blocks_max=8)
+    rig.open()
+    rig.put(A[:8], level=AckLevel.SYNCED)
+    rig.settle()
+    assert len(rig.disk.index) == 8
+    again = Rig(8, 8, blocks_max=8, disk=rig.disk)
+    again.open()
+    assert not again.disk.drops
+    assert again.get(A[:8]) == (8, EndReason.COMPLETE)
+
+
 def test_I8_damaged_records_are_refused(tiers: Rig) -> None:
     tiers.put(A[:4])
     tiers.settle()

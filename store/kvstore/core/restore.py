@@ -66,7 +66,7 @@ def _claim(blocks: Blocks, namespace: Namespace, records: SsdColumns) -> Mask:
     if blocks.ssd is None:
         return np.zeros(len(records), dtype=np.bool_)
     fresh: Mask = blocks.table.index.find_all(records.joined("key")) < 0
-    fresh &= np.cumsum(fresh) < blocks.table.room()
+    fresh &= np.cumsum(fresh) <= blocks.table.room()
     usable = fresh.copy()
     offsets = records.numbers("ssd_offset")
     usable[fresh] = blocks.ssd.claim(namespace.slot_bytes, offsets[fresh])
