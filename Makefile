@@ -43,10 +43,11 @@ check: venv ## ruff, mypy, generated stubs, bans
 proto: venv ## regenerate the protobuf stubs
 	$(BIN)/python -m tools.gen_proto
 
-bench: venv ## run the benchmarks of this machine: local and engine
+bench: venv ## run the benchmarks of this machine: local, the SSD tier, engine
 	mkdir -p build
-	$(BIN)/python -m benchmarks local --json build/bench-local.json
-	$(BIN)/python -m benchmarks engine --json build/bench-engine.json
+	for name in local ssd burst restart checks engine; do \
+		$(BIN)/python -m benchmarks $$name --json build/bench-$$name.json || exit; \
+	done
 
 clean: ## remove what was built, not the virtual environment
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

