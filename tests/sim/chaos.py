@@ -48,7 +48,7 @@ class Chaos:
         self._swallow = 0.0
         self._impostor = 0.0
         self._kinds: list[tuple[Callable[[], None], float]] = [
-            (self._break_session, 6),
+            (self._break_session, 8),
             (self._break_link, 2),
             (self._trouble_link, 4),
             (self._cut_link, 2),
@@ -100,7 +100,7 @@ class Chaos:
         clients = [c for c in self.cluster.clients if c.alive and c.stream is not None]
         if clients:
             # Rather of those who hold something: with them it matters.
-            weights = [1 + 4 * sum(len(r.holds) for r in c.readings) for c in clients]
+            weights = [1 + 10 * sum(len(r.holds) for r in c.readings) for c in clients]
             stream = self.world.random.choices(clients, weights)[0].stream
             assert stream is not None
             stream.cut()

@@ -36,7 +36,7 @@ class Client:
         self.alive = True
         self.lives += 1
         self.process = self.client_id = f"{self.name}.{self.lives}"
-        self.seen = self.world.chance(0.6)
+        self.seen = self.world.chance(0.5)
         self.ids = itertools.count(1)
         self.stream: Stream | None = None
         self.welcome: Welcome | None = None
@@ -147,7 +147,7 @@ class Client:
     def _think(self) -> bool:
         if self.stopping:
             return False
-        pause = THINK_S * (2 if self.cluster.chaos.ended else 1)
+        pause = THINK_S * (1.5 if self.cluster.chaos.ended else 1)
         self.later("think", self.world.soon(pause), self._think)
         if self.welcome is None:
             return False

@@ -17,7 +17,7 @@ from tests.sim.scenery import spaces
 from tests.sim.world import World
 
 NODES = 3
-HOSTS = ((0, 0, 1, 2), (0, 0, 1, 1), (0, 0, 0, 1))  # the node of each client
+HOSTS = ((0, 0, 1, 2), (0, 0, 1, 1), (0, 1, 1, 1), (0, 0, 0, 2))  # the node of each client
 TENANT_OF = ("red", "blue", "red", "blue")
 CHECK_EVERY_STEPS = 20
 HEAL_S = 5.0 + 2.0  # and two heartbeats

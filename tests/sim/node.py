@@ -70,7 +70,7 @@ class Node:
         self.address = self.node_id
         random = self.world.random
         self.config = CoreConfig(
-            dram_bytes=random.choice((10, 16, 24)) * 4096,
+            dram_bytes=random.choice((8, 12, 20)) * 4096,
             ssd_bytes=random.choice((0, 8, 20, 48)) * 4096,
             segment_bytes=random.choice((4096, 8192)),
             dram_policy=random.choice(("lru", "s3fifo")),
@@ -79,7 +79,7 @@ class Node:
             reads_in_flight_max=4,
             writes_in_flight_max=6,
             prefetch_max=8,
-            blocks_max=random.choice((40, 128)),
+            blocks_max=random.choice((24, 48, 128)),
             holds_per_session_max=32,
             shard_timeout_s=2.0,
         )

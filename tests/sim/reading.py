@@ -146,9 +146,9 @@ class Reading:
 
     def _copied(self, parts: dict[int, bytes], half: int) -> None:
         """The rest, then the generation check: right bytes, or they are discarded."""
-        if not self.session_lives and not self._stalled and self.client.world.chance(0.7):
+        if not self.session_lives and not self._stalled and self.client.world.chance(0.9):
             self._stalled = True
-            pause = self.client.world.random.uniform(1.5, 4.0)
+            pause = self.client.world.random.uniform(1.5, 5.0)
             self.client.later("copied late", pause, self._copied, parts, half)
             return
         oracle, pool = self.client.cluster.oracle, self.welcome.pool
