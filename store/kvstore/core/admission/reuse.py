@@ -14,9 +14,10 @@ _SAMPLE_MIN = 10_000
 class ReusePolicy(AdmissionPolicy):
     """TinyLFU (see the sketch) in front of the SSD's own eviction policy.
 
-    While the SSD has free space every block is written. Uses are those that the node hears of:
-    stored, acquired, stored again. A use of a chain is one of each of its blocks, so that a block
-    counts at least as often as those behind it.
+    Other than TinyLFU it lets a newcomer in at a tie, if that was used before: the KV of a
+    conversation is wanted in bursts. While the SSD has free space every block is written. Uses are
+    those that the node hears of: stored, acquired, stored again. A use of a chain is one of each
+    of its blocks, so that a block counts at least as often as those behind it.
     """
 
     def __init__(self, table: Table, ssd: SsdSpace) -> None:
@@ -47,7 +48,9 @@ class ReusePolicy(AdmissionPolicy):
         worth[:free] = True
         rivals = slice(free, free + len(victims))
         theirs = self._sketch.estimate(self._words(victims))
-        worth[rivals] = self._sketch.estimate(self._words(rows[rivals])) > theirs
+        ours = self._sketch.estimate(self._words(rows[rivals]))
+        # Of two that were used alike the newcomer is wanted now, unless this is its first use.
+        worth[rivals] = (ours > theirs) | ((ours == theirs) & (ours > 1))
         # What is behind a block that stays out would be of no use without it.
         return np.logical_and.accumulate(worth)
 
