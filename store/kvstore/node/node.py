@@ -19,7 +19,7 @@ from kvstore.core.spec import SLOT_ALIGN_BYTES, CacheSpec
 from kvstore.core.ssd_columns import decode_columns
 from kvstore.core.types import CoreConfig, Namespace, Tier
 from kvstore.durable import write_durably
-from kvstore.errors import ConfigError, KVStoreError, NotFoundError
+from kvstore.errors import ConfigError, CorruptError, KVStoreError, NotFoundError
 from kvstore.node import translate
 from kvstore.node.auditor import Auditor
 from kvstore.node.clients import Clients
@@ -53,14 +53,20 @@ def persistent_node_id(config: NodeConfig) -> str:
         return config.node_id
     path = config.data_dir / ID_NAME
     try:
-        kept = path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        kept = f"node-{random.SystemRandom().getrandbits(48):012x}"
-        write_durably(path, kept.encode() + b"\n")
+        if path.exists():
+            kept = path.read_text(encoding="utf-8")
+        else:
+            kept = f"node-{random.SystemRandom().getrandbits(48):012x}\n"
+            write_durably(path, kept.encode())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"node id file {path}: {error}") from None
+    if not kept.strip() or not kept.endswith("\n"):
+        raise ConfigError(
+            f"node id file {path} is cut off, it has {kept!r}: write the id of this node and a "
+            "newline into it; without an SSD tier, or with an empty one, the file may be removed"
+        )
     # Goes through the checks of a configured id.
-    return NodeConfig(node_id=kept).node_id
+    return NodeConfig(node_id=kept.strip()).node_id
 
 
 class Node:
@@ -99,7 +105,10 @@ class Node:
             self.scrubber: Scrubber | None = None
             if ssd is not None:
                 memory = memoryview(self.pool.map)
-                ssd[0].probe(memory)
+                try:
+                    ssd[0].probe(memory)
+                except OSError as error:
+                    raise ConfigError(f"SSD file {ssd[0].path}: {error.strerror}") from None
                 self.driver.ssd = SsdTier(*ssd, memory, self.driver)
                 resources.callback(self.driver.ssd.close)
                 self._restore(ssd[1])
@@ -152,6 +161,8 @@ class Node:
         for root, encoded in self._known_roots.items():
             try:
                 report = master_pb2.NamespaceReport.FromString(encoded)
+                if report.root != root:
+                    raise CorruptError("what is noted of it is of another one")
                 self.core.open_namespace(translate.spec_from_message(report.spec), report.tenant)
             except (DecodeError, KVStoreError) as error:
                 log.warning("namespace %s on SSD is not used: %s", root.hex()[:16], error)

@@ -10,7 +10,7 @@ from typing import Any
 import lmdb
 
 from kvstore.durable import sync_directory
-from kvstore.errors import ConfigError, CorruptError
+from kvstore.errors import ConfigError, CorruptError, KVStoreError
 from kvstore.node.index_pages import PAGE_BYTES_MAX, IndexPages, read_metas
 from kvstore.node.ssd_file import DATA_NAME
 
@@ -36,6 +36,16 @@ REMEDY = (
 def damaged(path: Path, error: object) -> CorruptError:
     """The error of an index, with its remedy; ``path`` is that of its directory."""
     return CorruptError(f"SSD index {path}: {error}; {REMEDY.format(folder=path.parent)}")
+
+
+def refused(path: Path, error: lmdb.Error) -> KVStoreError:
+    """CorruptError if LMDB found damage; ConfigError if the system refused what LMDB asked of it.
+
+    What the system says has no class of its own in LMDB's binding, but for a full disk.
+    """
+    if type(error) is lmdb.Error or isinstance(error, lmdb.DiskError):
+        return ConfigError(f"SSD index {path}: {error}; look at the device")
+    return damaged(path, error)
 
 
 def _prove(path: Path) -> None:
@@ -130,7 +140,7 @@ class SsdIndex:
                 self._check_owner(node_id)
         except lmdb.Error as error:
             self._env.close()
-            raise damaged(self.path, error) from None
+            raise refused(self.path, error) from None
         except ConfigError:
             self._env.close()
             raise
@@ -170,14 +180,20 @@ class SsdIndex:
         return int(noted) if noted is not None and noted.isdigit() else None
 
     def note_data_bytes(self, nbytes: int | None) -> None:
-        """Notes the length of the data file, durably; None forgets it."""
+        """Notes the length of the data file, durably; None forgets it.
+
+        ConfigError if the medium refuses it.
+        """
         if nbytes == self.data_bytes():
             return
-        with self._env.begin(write=True, db=self._meta) as txn:
-            if nbytes is None:
-                txn.delete(_DATA_BYTES_KEY)
-            else:
-                txn.put(_DATA_BYTES_KEY, str(nbytes).encode())
+        try:
+            with self._env.begin(write=True, db=self._meta) as txn:
+                if nbytes is None:
+                    txn.delete(_DATA_BYTES_KEY)
+                else:
+                    txn.put(_DATA_BYTES_KEY, str(nbytes).encode())
+        except lmdb.Error as error:
+            raise refused(self.path, error) from None
 
     def entries(self) -> tuple[list[bytes], list[bytes]]:
         """Keys and encoded records of every block; CorruptError if they cannot be read."""
@@ -189,7 +205,7 @@ class SsdIndex:
             with self._env.begin(db=database) as txn:
                 return dict(txn.cursor().iternext())
         except lmdb.Error as error:
-            raise damaged(self.path, error) from None
+            raise refused(self.path, error) from None
 
     def apply(self, changes: Iterable[tuple[bytes, bytes | None]]) -> None:
         """Puts ``(key, record)`` and removes ``(key, None)`` in order, all or nothing, durably.
