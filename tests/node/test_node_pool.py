@@ -13,6 +13,7 @@ from kvstore.node.pool import SharedFile, remove_dead_siblings, remove_stale_fil
 
 def test_shared_file_is_private_whole_and_zero(tmp_path: Path) -> None:
     file = SharedFile(tmp_path / "pool-1", 1 << 20)
+    file.wait_taken()
     stat = file.path.stat()
     assert stat.st_mode & 0o777 == 0o600
     assert stat.st_blocks * 512 >= 1 << 20
@@ -27,6 +28,7 @@ def test_shared_file_falls_back_where_the_kernel_cannot_populate(
 ) -> None:
     monkeypatch.setattr(pool, "MADV_POPULATE_WRITE", 12345)
     file = SharedFile(tmp_path / "pool-1", 1 << 20)
+    file.wait_taken()
     assert file.path.stat().st_blocks * 512 >= 1 << 20
     file.close()
 
@@ -41,8 +43,10 @@ def test_no_room_is_found_before_and_while_allocating(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pool, "_populate", full)
+    file = SharedFile(tmp_path / "pool-1", 1 << 20)
     with pytest.raises(ConfigError, match="No space left"):
-        SharedFile(tmp_path / "pool-1", 1 << 20)
+        file.wait_taken()
+    file.close()
     assert os.listdir(tmp_path) == []
 
 

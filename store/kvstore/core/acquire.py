@@ -148,7 +148,7 @@ class Acquires:
 
     def pump(self) -> None:
         """Starts reads for the leases that wait, then for prefetches."""
-        if self._starved_at == self.blocks.room_version:
+        if self._starved_at == self.blocks.room_version or not self.transfers.reads_worthwhile:
             return
         reads_max = self.blocks.config.reads_in_flight_max
         for lease, share in [*self._shares(), *((lease, reads_max) for lease in self.waiting)]:

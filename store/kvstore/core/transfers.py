@@ -13,6 +13,8 @@ from kvstore.core.tiering import Tiering
 from kvstore.core.types import AckLevel, EndReason, IoOutcome
 from kvstore.errors import InternalError
 
+READS_STARTED_SHARE = 4  # of the reads that may be out, one part is started together
+
 
 class Transfers:
     """The disk requests that are out. One row has at most one of them at a time."""
@@ -36,6 +38,12 @@ class Transfers:
     def read_room(self) -> int:
         """Reads that may be started now."""
         return self.blocks.config.reads_in_flight_max - len(self._reads)
+
+    @property
+    def reads_worthwhile(self) -> bool:
+        """Whether there is room for several reads, or none is out: one costs as much as several."""
+        limit = self.blocks.config.reads_in_flight_max
+        return not self._reads or self.read_room >= limit // READS_STARTED_SHARE
 
     def restored(self, sequence: int) -> None:
         """Records up to this sequence are on SSD already."""

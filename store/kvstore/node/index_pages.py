@@ -263,9 +263,11 @@ class IndexPages:
         sizes = np.unique(nodes.key_bytes)
         if len(sizes) == 1 and sizes[0]:
             width = int(sizes[0])
-            places = nodes.at[:, None] + (NODE_BYTES + np.arange(width))
-            joined = self.bytes[places].tobytes()
-            return [joined[i : i + width] for i in range(0, len(joined), width)]
+            # Keys begin at even bytes: one element of this view each, not one a byte.
+            count = (len(self.bytes) - width) // 2 + 1
+            view = np.ndarray(count, dtype=f"V{width}", buffer=self.bytes, strides=(2,))
+            keys: list[bytes] = view[(nodes.at + NODE_BYTES) // 2].tolist()
+            return keys
         return [self._key(nodes, i) for i in range(len(nodes.at))]
 
     def _check_order(self, name: str, levels: list[_Nodes], *, integers: bool) -> None:

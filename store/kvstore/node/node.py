@@ -103,6 +103,8 @@ class Node:
             resources.callback(self.clients.close)
             self.link = MasterLink(config.master, self)
             self.scrubber: Scrubber | None = None
+            restored = self._restore(ssd[1]) if ssd is not None else Effects()
+            self.pool.wait_taken()
             if ssd is not None:
                 memory = memoryview(self.pool.map)
                 try:
@@ -111,8 +113,8 @@ class Node:
                     raise ConfigError(f"SSD file {ssd[0].path}: {error.strerror}") from None
                 self.driver.ssd = SsdTier(*ssd, memory, self.driver)
                 resources.callback(self.driver.ssd.close)
-                self._restore(ssd[1])
                 self._open_scrubber(resources, ssd[0].path)
+            self.driver.apply(restored)
             self._resources = resources.pop_all()
 
     def _open_pool(self, resources: contextlib.ExitStack) -> None:
@@ -130,6 +132,7 @@ class Node:
         name = f"{self.instance:016x}"
         self.directory_file = SharedFile(folder / f"directory-{name}", directory_bytes)
         resources.callback(self.directory_file.close)
+        self.directory_file.wait_taken()
         self.pool = SharedFile(folder / f"pool-{name}", pool_bytes)
         resources.callback(self.pool.close)
         self.directory = DirectoryWriter(
@@ -152,8 +155,8 @@ class Node:
         index.note_data_bytes(file.capacity_bytes)
         return file, index
 
-    def _restore(self, index: SsdIndex) -> None:
-        """Takes over what an earlier instance left on SSD."""
+    def _restore(self, index: SsdIndex) -> Effects:
+        """Takes over what an earlier instance left on SSD, while the pool's pages are taken."""
         keys, values = index.entries()
         records, usable = decode_columns(keys, values)
         broken = [DropSsd(-1, keys[i], 0) for i in (~usable).nonzero()[0].tolist()]
@@ -170,8 +173,8 @@ class Node:
         effects.drops += broken
         if effects.drops:
             log.warning("%d records on SSD cannot be used and are removed", len(effects.drops))
-        self.driver.apply(effects)
         log.info("found %d blocks on SSD", len(records))
+        return effects
 
     def _open_scrubber(self, resources: contextlib.ExitStack, path: Path) -> None:
         if self.config.scrub_mb_s:

@@ -5,7 +5,7 @@ import ctypes
 import errno
 import mmap
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from kvstore.errors import ConfigError
@@ -13,7 +13,7 @@ from kvstore.node.dir_lock import DirectoryLock
 
 MADV_POPULATE_WRITE = 23
 POPULATE_STEP_BYTES = 64 << 20
-POPULATE_THREADS = 4
+POPULATE_THREADS_MAX = 4
 FILE_NAMES = ("pool-*", "directory-*")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -48,32 +48,52 @@ def remove_dead_siblings(folder: Path) -> int:
 
 
 class SharedFile:
-    """A new file of a fixed size, all of its space allocated, mapped for reading and writing."""
+    """A new file of a fixed size, mapped for reading and writing.
+
+    All of its space is taken before ``wait_taken`` returns, and must be before a client hears of
+    the file: a page that cannot be had later is a SIGBUS.
+    """
 
     def __init__(self, path: Path, size_bytes: int) -> None:
         """Creates ``path`` (mode 0600); ConfigError where the file system has no room for it."""
         self.path = path
         self.size_bytes = size_bytes
         _check_room(path.parent, size_bytes)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            os.ftruncate(descriptor, size_bytes)
-            self.map = mmap.mmap(descriptor, size_bytes)
-            with contextlib.suppress(OSError):
-                self.map.madvise(mmap.MADV_HUGEPAGE)
-            # Room must be taken now: a page that cannot be had later is a SIGBUS in a client.
-            if not _populate(self.map, size_bytes):
-                os.posix_fallocate(descriptor, 0, size_bytes)
+            os.ftruncate(self._descriptor, size_bytes)
+            self.map = mmap.mmap(self._descriptor, size_bytes)
         except OSError as error:
+            os.close(self._descriptor)
             path.unlink()
-            raise ConfigError(
-                f"{path.parent} has no room for {size_bytes} bytes: {error.strerror}"
-            ) from None
+            raise self._no_room(error) from None
+        with contextlib.suppress(OSError):
+            self.map.madvise(mmap.MADV_HUGEPAGE)
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="pool-take")
+        self._taken = self._threads.submit(self._take)
+        self._threads.shutdown(wait=False)
+
+    def wait_taken(self) -> None:
+        """Returns when every page is there; ConfigError if one cannot be had."""
+        try:
+            self._taken.result()
+        except OSError as error:
+            raise self._no_room(error) from None
+
+    def _take(self) -> None:
+        try:
+            if not _populate(self.map, self.size_bytes):
+                os.posix_fallocate(self._descriptor, 0, self.size_bytes)
         finally:
-            os.close(descriptor)
+            os.close(self._descriptor)
+
+    def _no_room(self, error: OSError) -> ConfigError:
+        folder = self.path.parent
+        return ConfigError(f"{folder} has no room for {self.size_bytes} bytes: {error.strerror}")
 
     def close(self) -> None:
         """Removes the name at once; the memory goes when the last mapping does."""
+        wait([self._taken])
         self.path.unlink(missing_ok=True)
         with contextlib.suppress(BufferError):
             self.map.close()
@@ -100,7 +120,9 @@ def _populate(memory: mmap.mmap, size_bytes: int) -> bool:
                 return code
         return 0
 
-    with ThreadPoolExecutor(POPULATE_THREADS) as threads:
+    # One core is left to whatever the node does meanwhile.
+    count = min(POPULATE_THREADS_MAX, max(1, len(os.sched_getaffinity(0)) - 1))
+    with ThreadPoolExecutor(count) as threads:
         codes = set(threads.map(step, range(0, size_bytes, POPULATE_STEP_BYTES)))
     del anchor
     if codes <= {0}:

@@ -1,8 +1,9 @@
 """The SSD tier's I/O: blocks between pool and data file on threads, in the order that is safe.
 
 A write is data, fdatasync, index commit, then its report; many are grouped under one fdatasync and
-one commit. What is written is verified first: no bytes become durable that are not those of the
-commit. A removal is committed before it is reported, and only then may its space be reused.
+one commit, and while a group is synced and committed the data of the next is written. What is
+written is verified first: no bytes become durable that are not those of the commit. A removal is
+committed before it is reported, and only then may its space be reused.
 A read is verified, shard by shard, after its bytes are in the pool. Reports come on the event
 loop, many in one call.
 """
@@ -15,7 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -36,6 +37,7 @@ READ_RUN_BYTES = 2 << 20  # short, so that the first blocks of a prompt are usab
 WRITE_RUN_BYTES = 4 << 20
 GROUP_BYTES = 64 << 20
 GROUP_CHANGES = 16384
+GROUPS_BEGUN_MAX = 2  # one is synced and committed, the data of the next is written
 FULL_BYTES = 1 << 20  # a file system with less has no room for an index
 FULL_PAUSE_S = 0.1  # before an index without room is tried again
 
@@ -57,6 +59,7 @@ class SsdReports(Protocol):
 
 
 Change = WriteSsd | DropSsd
+Written = Future[dict[int, IoOutcome]]  # of a run: what is not on the medium, by id
 OpT = TypeVar("OpT", ReadSsd, WriteSsd)
 
 
@@ -91,12 +94,18 @@ class SsdTier:
         self._threads = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="ssd-io")
         self._writers = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="ssd-write")
         self._changes: queue.SimpleQueue[Sequence[Change] | None] = queue.SimpleQueue()
+        self._begun: queue.SimpleQueue[tuple[list[Change], list[Written]] | None]
+        self._begun = queue.SimpleQueue()
+        self._may_begin = threading.Semaphore(GROUPS_BEGUN_MAX)
+        self._starter = threading.Thread(target=self._start_loop, name="ssd-start")
         self._committer = threading.Thread(target=self._commit_loop, name="ssd-commit")
+        self._starter.start()
         self._committer.start()
         self._outstanding = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._inbox: list[Callable[[], None]] = []
+        self._read: list[tuple[ReadSsd, IoOutcome]] = []  # ended, not reported yet
         self._inbox_lock = threading.Lock()
 
     def submit_reads(self, reads: Sequence[ReadSsd]) -> None:
@@ -120,6 +129,7 @@ class SsdTier:
         File and index stay open: they are their owner's.
         """
         self._changes.put(None)
+        self._starter.join()
         self._committer.join()
         self._threads.shutdown(cancel_futures=True)
         self._writers.shutdown()
@@ -164,7 +174,11 @@ class SsdTier:
         except OSError as error:
             log.error("SSD read at byte %d failed: %s", run[0].ssd_offset, error)
             done = [(op, IoOutcome.FAILED) for op in run]
-        self._post(lambda: self._report_reads(done))
+        with self._inbox_lock:
+            self._read += done
+            if len(self._read) > len(done):
+                return
+        self._post(self._report_reads)
 
     def _verified(self, op: ReadSsd) -> IoOutcome:
         block = self._memory[op.dram_offset : op.dram_offset + op.nbytes]
@@ -173,22 +187,35 @@ class SsdTier:
         log.error("SSD block %s at byte %d is corrupt", op.key.hex()[:16], op.ssd_offset)
         return IoOutcome.CORRUPT
 
-    def _report_reads(self, done: Sequence[tuple[ReadSsd, IoOutcome]]) -> None:
+    def _report_reads(self) -> None:
+        """All that have ended by now, in one call: it costs the event loop hardly more than one."""
+        with self._inbox_lock:
+            done, self._read = self._read, []
         self._finished(len(done))
         self._reports.reads_done(done)
 
-    def _commit_loop(self) -> None:
+    def _start_loop(self) -> None:
         for group in self._groups():
+            writes = [op for op in group if isinstance(op, WriteSsd) and not self.failed]
+            runs = _runs(writes, WRITE_RUN_BYTES)
+            self._begun.put((group, [self._writers.submit(self._write_run, run) for run in runs]))
+        self._begun.put(None)
+
+    def _commit_loop(self) -> None:
+        while (begun := self._begun.get()) is not None:
+            group, jobs = begun
             try:
-                self._commit(group)
+                self._commit(group, jobs)
             except Exception:  # a bug; without this thread every writer would wait for ever
                 log.exception("a group of changes failed")
                 self._fail("a bug; the log has it")
                 self._report_lost(group)
+            self._may_begin.release()
 
     def _groups(self) -> Iterator[list[Change]]:
         """Everything queued up to the bounds of a group, then the next; ends at close."""
         while (changes := self._changes.get()) is not None:
+            self._may_begin.acquire()
             group = list(changes)
             nbytes = sum(op.nbytes for op in changes if isinstance(op, WriteSsd))
             while nbytes < GROUP_BYTES and len(group) < GROUP_CHANGES and not self._changes.empty():
@@ -199,10 +226,10 @@ class SsdTier:
                 nbytes += sum(op.nbytes for op in more if isinstance(op, WriteSsd))
             yield group
 
-    def _commit(self, group: Sequence[Change]) -> None:
+    def _commit(self, group: Sequence[Change], jobs: Sequence[Written]) -> None:
         writes = [op for op in group if isinstance(op, WriteSsd)]
         drops = [op for op in group if isinstance(op, DropSsd)]
-        bad = self._write_data(writes)
+        bad = self._write_data(writes, jobs)
         changes: list[tuple[bytes, bytes | None]] = [
             (op.key, op.record.encode() if isinstance(op, WriteSsd) else None)
             for op in group
@@ -235,22 +262,25 @@ class SsdTier:
             log.error("SSD index has no room: %s; no new block stays on SSD until it has", error)
             self.full = str(error)
         time.sleep(FULL_PAUSE_S)
-        if drops:
-            self._changes.put(drops)
-        self._post(lambda: self._report_group(writes, (), ()))
+        # A record that the restore refused is refused again: its key may be stored anew by then.
+        again = [op for op in drops if op.row >= 0]
+        if again:
+            self._changes.put(again)
+        refused = [op for op in drops if op.row < 0]
+        self._post(lambda: self._report_group(writes, (), refused))
 
     def _report_lost(self, group: Sequence[Change]) -> None:
         writes = [op for op in group if isinstance(op, WriteSsd)]
         stuck = len(group) - len(writes)
         self._post(lambda: self._report_group(writes, (), (), stuck=stuck))
 
-    def _write_data(self, writes: Sequence[WriteSsd]) -> dict[int, IoOutcome]:
-        """Writes and syncs the data; by id, why a request's data is not on the medium."""
+    def _write_data(
+        self, writes: Sequence[WriteSsd], jobs: Sequence[Written]
+    ) -> dict[int, IoOutcome]:
+        """Ends the writing, and syncs; by id, why a request's data is not on the medium."""
+        wait(jobs)
         if self.failed or not writes:
             return {id(op): IoOutcome.FAILED for op in writes}
-        runs = list(_runs(writes, WRITE_RUN_BYTES))
-        jobs = [self._writers.submit(self._write_run, run) for run in runs]
-        wait(jobs)
         bad = {place: outcome for job in jobs for place, outcome in job.result().items()}
         try:
             faultpoint("ssd.sync")
