@@ -53,7 +53,8 @@ async def _write(prompts: Prompts) -> int:
         nonlocal stored
         while waiting:
             keys, data = waiting.popleft()
-            stored += (await prompts.namespace.put(keys, data)).stored
+            put = await prompts.namespace.put(keys, data)
+            stored += put.stored
 
     await asyncio.gather(*(writer() for _ in range(WRITERS)))
     return stored
