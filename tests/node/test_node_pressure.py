@@ -95,8 +95,8 @@ async def test_I1_bytes_other_than_those_of_the_commit_are_never_durable(node: L
         if index == 1:
             view[BLOCK_BYTES - 1] ^= 1
         view.release()
-    commit = node_pb2.Commit(reserve_id=reserve_id, indices=[0, 1, 2], checksums=sums, level=SYNCED)
-    answer = await session.call(commit=commit)
+    commit: Any = {"reserve_id": reserve_id, "indices": [0, 1, 2], "checksums": sums}
+    answer = await session.call(commit=node_pb2.Commit(**commit, level=SYNCED))  # type: ignore[arg-type]
     assert answer.committed.levels == bytes([SYNCED, 0, SYNCED])
     end = await session.check(keys)
     assert (end.granted, end.reason) == (1, EndReason.CORRUPT)
