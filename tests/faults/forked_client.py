@@ -5,6 +5,7 @@ stage, prints ``PID``, and stays there until it is killed; at the stage ``free``
 first and then stores chains without a pause. What it stores is a function of the seed.
 """
 
+import ctypes
 import mmap
 import os
 import queue
@@ -28,6 +29,7 @@ BLOCK_BYTES = 4096
 CHAIN_BLOCKS = 6
 COMMITTED_BLOCKS = 3  # of the chain, at the stage ``committed``
 FREE_CHAINS = 8
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 SPEC = CacheSpec.raw("forked", block_bytes=BLOCK_BYTES)
 STAGES = ("greeted", "reserved", "copying", "copied", "committing", "committed", "free")
 
@@ -111,7 +113,8 @@ def stay() -> NoReturn:
 
 
 def live(address: str, stage: str, seed: int) -> NoReturn:
-    """The life of a child."""
+    """The life of a child, which ends with its parent's."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     session = Session(address)
     if stage == "greeted":
         stay()

@@ -1,6 +1,7 @@
 """Real daemons that are killed, stopped and started again, in directories with short paths."""
 
 import asyncio
+import contextlib
 import os
 import select
 import shutil
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -141,6 +142,45 @@ class LiveMaster(LiveDaemon):
         super().__init__("kvstore.master.daemon", *flags, environ=environ)
         self._command += ["--data-dir", str(self.home), "--log-level", "warning"]
         self._command += ["--listen", "127.0.0.1:0"]
+
+
+class ClientProcess:
+    """A client in a process of its own, told what to do line by line."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.signal = process.send_signal
+        self._process = process
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def running(
+        cls, module: str, *arguments: str, environ: Mapping[str, str] | None = None
+    ) -> AsyncIterator[Self]:
+        """Runs ``module`` until the exit, and kills it then."""
+        process = await asyncio.create_subprocess_exec(
+            *daemon_command(module),
+            *arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=environment(environ),
+        )
+        try:
+            yield cls(process)
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+    def tell(self, line: str) -> None:
+        """Sends a line."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n".encode())
+
+    async def hear(self, timeout_s: float = READY_TIMEOUT_S) -> str:
+        """The next line that it prints."""
+        assert self._process.stdout is not None
+        async with asyncio.timeout(timeout_s):
+            return (await self._process.stdout.readline()).decode().strip()
 
 
 async def located(master: str, keys: bytes) -> int:

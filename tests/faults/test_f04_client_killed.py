@@ -17,7 +17,6 @@ from kvstore_client import AsyncClient, Namespace
 from kvstore_proto import common_pb2, node_pb2
 
 from tests.faults.columns import SEED, size
-from tests.faults.daemons import daemon_command
 from tests.faults.forked_client import (
     BLOCK_BYTES,
     CHAIN_BLOCKS,
@@ -28,7 +27,7 @@ from tests.faults.forked_client import (
     data_of,
     keys_of,
 )
-from tests.faults.live import HEAL_TIMEOUT_S, MIB, LiveNode, Observer, environment
+from tests.faults.live import HEAL_TIMEOUT_S, MIB, ClientProcess, LiveNode, Observer
 from tests.faults.report import Record, finish
 
 KILLS = size(200, 1000, 5000)
@@ -44,7 +43,7 @@ FREE_S_MAX = 0.03  # a child that stores without a pause is killed within this t
 class Checker:
     """Kills clients, and looks at what they leave behind."""
 
-    def __init__(self, client: AsyncClient, ns: Namespace, server: asyncio.subprocess.Process):
+    def __init__(self, client: AsyncClient, ns: Namespace, server: ClientProcess) -> None:
         self.random = random.Random(SEED)
         self.stored = 0  # blocks that the dead have committed
         self.wrong = 0
@@ -55,11 +54,8 @@ class Checker:
 
     async def kill_one(self, stage: str, seed: int) -> None:
         """A client comes as far as ``stage``, and is no more."""
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.write(f"{stage} {seed}\n".encode())
-        async with asyncio.timeout(2 * HEAL_TIMEOUT_S):
-            pid = int(await self._server.stdout.readline())
+        self._server.tell(f"{stage} {seed}")
+        pid = int(await self._server.hear())
         if stage == "free":
             await asyncio.sleep(self.random.uniform(0, FREE_S_MAX))
         else:
@@ -101,27 +97,20 @@ def space_of(stats: node_pb2.StatsResponse, wanted: Tier) -> common_pb2.TierUsag
 async def test_F4_client_killed_at_every_stage(record_property: Record) -> None:
     with LiveNode(dram=TIER_BYTES, ssd=TIER_BYTES) as node:
         client = await AsyncClient.connect(node.start(), name="checker")
-        server = await asyncio.create_subprocess_exec(
-            *daemon_command("tests.faults.forked_client"),
-            node.address,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=environment(),
-        )
-        checker = Checker(client, await client.open_namespace(SPEC), server)
-        for number in range(KILLS):
-            if checker.wrong:
-                break
-            stage = STAGES[number % len(STAGES)]
-            await checker.kill_one(stage, SEED * KILLS + number)
-            await checker.check(stage, SEED * KILLS + number)
+        ns = await client.open_namespace(SPEC)
+        async with ClientProcess.running("tests.faults.forked_client", node.address) as server:
+            checker = Checker(client, ns, server)
+            for number in range(KILLS):
+                if checker.wrong:
+                    break
+                stage = STAGES[number % len(STAGES)]
+                await checker.kill_one(stage, SEED * KILLS + number)
+                await checker.check(stage, SEED * KILLS + number)
         deadline = time.monotonic() + HEAL_TIMEOUT_S
         while space_of(await client.stats(), Tier.SSD).blocks != checker.stored:
             assert time.monotonic() < deadline, "what was committed does not get to SSD"
             await asyncio.sleep(0.01)
         await client.close()
-        server.kill()
-        await server.wait()
     finish(
         record_property,
         "F4 client killed",

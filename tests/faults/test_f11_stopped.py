@@ -22,15 +22,14 @@ import pytest
 from kvstore.core.types import AckLevel
 
 from tests.faults.columns import SEED, size
-from tests.faults.daemons import daemon_command
 from tests.faults.live import (
     HEAL_TIMEOUT_S,
     MIB,
+    ClientProcess,
     LiveDaemon,
     LiveMaster,
     LiveNode,
     Observer,
-    environment,
     located,
     until,
 )
@@ -43,6 +42,7 @@ LEASE_S = 0.3
 HEARTBEAT_S = LEASE_S / 2
 HEALED_S = HEAL_TIMEOUT_S + 2 * HEARTBEAT_S
 STOPS = (0.5, 1.1, 3.0)  # lease times
+CLIENT = "tests.faults.stopped_client"
 VICTIMS = ("node", "reader", "unseen reader", "writer", "unseen writer", "master")
 SSD_BYTES = 8 * MIB
 SSD_CHAINS = SSD_BYTES // (CHAIN_BLOCKS * BLOCK_BYTES)
@@ -61,15 +61,7 @@ class Bench:
         self.results: Counter[str] = Counter()
         self.wrong = 0
         self.proxy: Proxy
-        self.client: asyncio.subprocess.Process
-
-    async def start_client(self) -> None:
-        """The process that will be stopped."""
-        command = [*daemon_command("tests.faults.stopped_client"), self.proxy.address]
-        pipe = asyncio.subprocess.PIPE
-        self.client = await asyncio.create_subprocess_exec(
-            *command, stdin=pipe, stdout=pipe, env=environment()
-        )
+        self.client: ClientProcess
 
     async def stop_daemon(self, daemon: LiveDaemon, stop_s: float) -> int:
         """Stops a daemon under load; how many reads were served meanwhile."""
@@ -80,38 +72,27 @@ class Bench:
         daemon.signal(signal.SIGCONT)
         return served
 
-    async def hear(self) -> str:
-        """The next word of the client."""
-        assert self.client.stdout is not None
-        async with asyncio.timeout(2 * HEALED_S):
-            return (await self.client.stdout.readline()).decode().strip()
-
-    def tell(self, line: str) -> None:
-        """Something to the client."""
-        assert self.client.stdin is not None
-        self.client.stdin.write(f"{line}\n".encode())
-
     async def stop_client(self, kind: str, number: int, stop_s: float, *, cut: bool) -> None:
         """Stops a client while it holds slots, and writes all of DRAM over meanwhile."""
         sight = "unseen" if kind.startswith("unseen") else "seen"
         kind = "read" if kind.endswith("reader") else "write"
-        self.tell(f"{kind} {number} {sight}")
-        assert await self.hear() == "holding"
-        self.client.send_signal(signal.SIGSTOP)
+        self.client.tell(f"{kind} {number} {sight}")
+        assert await self.client.hear(2 * HEALED_S) == "holding"
+        self.client.signal(signal.SIGSTOP)
         if cut:
             self.proxy.cut()
         await asyncio.sleep(stop_s)
         await self.write_over()
-        self.tell("go")
-        self.client.send_signal(signal.SIGCONT)
-        result = await self.hear()
+        self.client.tell("go")
+        self.client.signal(signal.SIGCONT)
+        result = await self.client.hear(2 * HEALED_S)
         self.results[result] += 1
         expected = {"read": "right", "write": "lost" if cut else "committed"}[kind]
         # Within the quarantine both are right: to write all over may outlast what was left of it.
         if (kind, sight) == ("read", "unseen") and (stop_s > LEASE_S or result == "discarded"):
             expected = "discarded"
         self.wrong += result != expected
-        assert await self.hear() == "works"
+        assert await self.client.hear(2 * HEALED_S) == "works"
 
     async def write_over(self) -> None:
         """Puts as many chains as DRAM has room for, and more."""
@@ -165,14 +146,12 @@ async def test_F11_stopped_and_continued(record_property: Record) -> None:
             bench = Bench(master, node, load, await Worker.connect(load, 10.0))
             await load.start(2, 2)
             async with Proxy(f"{node.home}/proxy.sock", f"{node.home}/node.sock") as bench.proxy:
-                await bench.start_client()
-                for number in range(EPISODES):
-                    if load.harmed or bench.wrong:
-                        break
-                    await bench.episode(number)
-                bench.client.send_signal(signal.SIGCONT)
-                bench.client.kill()
-                await bench.client.wait()
+                address = bench.proxy.address
+                async with ClientProcess.running(CLIENT, address) as bench.client:
+                    for number in range(EPISODES):
+                        if load.harmed or bench.wrong:
+                            break
+                        await bench.episode(number)
             await load.stop()
     finish(
         record_property,

@@ -5,7 +5,6 @@ Leases, time limits of acquire and reserve, the quarantine and the heartbeats go
 clock: all of them end when they would have ended, and no lease is lost.
 """
 
-import asyncio
 import json
 import random
 import shutil
@@ -16,10 +15,10 @@ from typing import Any
 import pytest
 
 from tests.faults.columns import SEED, size
-from tests.faults.daemons import daemon_command
-from tests.faults.live import HEAL_TIMEOUT_S, LiveMaster, LiveNode, Observer, environment
+from tests.faults.live import HEAL_TIMEOUT_S, ClientProcess, LiveMaster, LiveNode, Observer
 from tests.faults.report import Record, finish
 
+CLIENT = "tests.faults.clock_client"
 EPISODES = size(20, 50, 50)
 HOUR_S = 3600
 QUARANTINE_S = 0.4
@@ -67,25 +66,14 @@ def has_loaded(pid: int, library: str) -> bool:
 
 async def run_episodes(node: str, master: str, environ: dict[str, str]) -> list[str]:
     """All jumps; the problems that they made."""
-    client = await asyncio.create_subprocess_exec(
-        *daemon_command("tests.faults.clock_client"),
-        *(node, master, environ["KVSTORE_WALL_CLOCK"]),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        env=environment(environ),
-    )
-    assert client.stdin is not None
-    assert client.stdout is not None
     make, problems, shift_s = random.Random(SEED), [], 0
-    for number in range(EPISODES):
-        last, shift_s = shift_s, make.choice([s for s in (-HOUR_S, 0, HOUR_S) if s != shift_s])
-        client.stdin.write(f"{shift_s}\n".encode())
-        async with asyncio.timeout(30.0):
-            line = await client.stdout.readline()
-        found = judge(json.loads(line), shift_s - last)
-        problems += [f"jump {number}, {shift_s - last:+} s: {problem}" for problem in found]
-    client.stdin.close()
-    await asyncio.wait_for(client.wait(), HEAL_TIMEOUT_S)
+    arguments = (node, master, environ["KVSTORE_WALL_CLOCK"])
+    async with ClientProcess.running(CLIENT, *arguments, environ=environ) as client:
+        for number in range(EPISODES):
+            last, shift_s = shift_s, make.choice([s for s in (-HOUR_S, 0, HOUR_S) if s != shift_s])
+            client.tell(str(shift_s))
+            found = judge(json.loads(await client.hear()), shift_s - last)
+            problems += [f"jump {number}, {shift_s - last:+} s: {problem}" for problem in found]
     return problems
 
 
