@@ -108,7 +108,7 @@ class PowerLoss:
         folder = self.medium.path
         if self.note and (folder / "note").read_bytes() != self.note:
             self.lost += 1
-        settings = {"pool_dir": Path("/dev/shm"), "ssd_dir": str(folder / "ssd")}
+        settings = {"pool_dir": folder.parent, "ssd_dir": str(folder / "ssd")}
         async with DiskNode(folder, self.ledger, **settings) as node:
             await self._check(node)
             acked = self.ledger.acked_at(AckLevel.SYNCED)
