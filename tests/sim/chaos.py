@@ -57,7 +57,7 @@ class Chaos:
             (self._crash_master, 1),
             (self._flip, 3),
             (self._fail_disk, 2),
-            (self._order, 2),
+            (self._order, 3),
             (self._stale_order, 1),
             (self._scrub, 3),
             (self._swallow_reports, 1),
@@ -200,7 +200,7 @@ class Chaos:
 
     def _directive(self, epoch: int = 0) -> master_pb2.Directive:
         random = self.world.random
-        if random.random() < 0.15:
+        if random.random() < 0.3:
             root = random.choice([b"", *(space.root for space in self.cluster.spaces)])
             purge = master_pb2.PurgeNamespace(root=root)
             return master_pb2.Directive(id=7, purge=purge, cluster_epoch=epoch)

@@ -36,7 +36,7 @@ class Client:
         self.alive = True
         self.lives += 1
         self.process = self.client_id = f"{self.name}.{self.lives}"
-        self.seen = self.world.chance(0.5)
+        self.seen = self.world.chance(0.35)
         self.ids = itertools.count(1)
         self.stream: Stream | None = None
         self.welcome: Welcome | None = None
