@@ -16,5 +16,6 @@ def column(shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[An
     kind = np.dtype(dtype)
     # Not np.zeros: it asks for huge pages, of which many small tables touch one a column.
     count = math.prod(shape) if isinstance(shape, tuple) else shape
-    memory = mmap.mmap(-1, max(1, count * kind.itemsize))
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, max(1, count * kind.itemsize), flags=private)
     return np.frombuffer(memory, dtype=kind, count=count).reshape(shape)

@@ -32,7 +32,7 @@ from kvstore.node.ssd_index import SsdIndex
 
 log = logging.getLogger(__name__)
 
-IO_THREADS = 4
+IO_THREADS = 4  # reads, and writes, that the device has at a time
 READ_RUN_BYTES = 2 << 20  # short, so that the first blocks of a prompt are usable early
 WRITE_RUN_BYTES = 4 << 20
 GROUP_BYTES = 64 << 20
@@ -91,8 +91,11 @@ class SsdTier:
         self._memory = memory
         self._reports = reports
         self._loop = asyncio.get_running_loop()
-        self._threads = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="ssd-io")
-        self._writers = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="ssd-write")
+        # Twice as many: while some verify, others keep the device busy.
+        self._threads = ThreadPoolExecutor(2 * IO_THREADS, thread_name_prefix="ssd-io")
+        self._writers = ThreadPoolExecutor(2 * IO_THREADS, thread_name_prefix="ssd-write")
+        self._may_read = threading.Semaphore(IO_THREADS)
+        self._may_write = threading.Semaphore(IO_THREADS)
         self._changes: queue.SimpleQueue[Sequence[Change] | None] = queue.SimpleQueue()
         self._begun: queue.SimpleQueue[tuple[list[Change], list[Written]] | None]
         self._begun = queue.SimpleQueue()
@@ -169,7 +172,9 @@ class SsdTier:
     def _read_run(self, run: Sequence[ReadSsd]) -> None:
         try:
             faultpoint("ssd.read")
-            self.file.read(self._slots(run), run[0].ssd_offset)
+            slots = self._slots(run)
+            with self._may_read:
+                self.file.read(slots, run[0].ssd_offset)
             done = [(op, self._verified(op)) for op in run]
         except OSError as error:
             log.error("SSD read at byte %d failed: %s", run[0].ssd_offset, error)
@@ -296,7 +301,9 @@ class SsdTier:
         bad = {id(op): IoOutcome.CORRUPT for op in run if not self._proven(op)}
         try:
             faultpoint("ssd.data")
-            self.file.write(self._slots(run), run[0].ssd_offset)
+            slots = self._slots(run)
+            with self._may_write:
+                self.file.write(slots, run[0].ssd_offset)
         except OSError as error:
             log.error("SSD write at byte %d failed: %s", run[0].ssd_offset, error)
             return {id(op): IoOutcome.FAILED for op in run}
