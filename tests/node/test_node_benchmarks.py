@@ -9,6 +9,7 @@ from benchmarks import burst, checks, local, restart, ssd
 from benchmarks.errors import BenchmarkError
 from benchmarks.harness import Row
 from benchmarks.io_uring import Ring
+from benchmarks.prompts import Prompts
 from benchmarks.raw_disk import RawDisk, Requests
 
 MIB = 1 << 20
@@ -64,7 +65,7 @@ def test_checks(small_ssd: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_block_with_other_bytes_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(burst.Prompts, "right", lambda *_: 0)
+    monkeypatch.setattr(Prompts, "right", lambda *_: 0)
     monkeypatch.setattr(burst, "BLOCKS", 8)
     monkeypatch.setattr(burst, "SSD_BYTES", 64 * MIB)
     with pytest.raises(BenchmarkError, match="other bytes"):
