@@ -218,10 +218,10 @@ async def test_health_and_log_show_it(
 async def test_the_master_hears_of_it(make_node: MakeNode) -> None:
     node = make_node()
     await node.start()
-    assert list(node.node.link._heartbeat().problems) == []
+    assert list(node.node.link._reports.heartbeat().heartbeat.problems) == []
     arm("ssd.sync:eio")
     session = await RawSession.open(node.address)
     await session.put(keys_of(1))
     await until(lambda: bool(node.node.problems()))
-    assert list(node.node.link._heartbeat().problems) == node.node.problems()
+    assert list(node.node.link._reports.heartbeat().heartbeat.problems) == node.node.problems()
     await session.goodbye()
