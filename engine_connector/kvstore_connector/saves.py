@@ -3,18 +3,18 @@
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from kvstore.core.types import ReserveStatus
 from kvstore.errors import KVStoreError
 
-from kvstore_connector.copier import IdleCopier
 from kvstore_connector.counters import Counters
 from kvstore_connector.link import Link
 from kvstore_connector.outbox import Outbox
@@ -22,6 +22,8 @@ from kvstore_connector.pages import PageRows
 from kvstore_connector.store import Namespace, Write
 
 log = logging.getLogger(__name__)
+
+_NICEST = 19
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +40,16 @@ class Chain:
         rest = Chain(self.keys[count - 1], self.keys[count:], self.pages[count:])
         del self.keys[count:], self.pages[count:]
         return rest
+
+
+def _yield_to_others() -> None:
+    """Makes this thread take only the CPU time that computing threads leave."""
+    tid = threading.get_native_id()
+    try:
+        os.sched_setscheduler(tid, os.SCHED_BATCH, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, tid, _NICEST)
+    except OSError as error:  # a sandbox may forbid it; saving works all the same
+        log.debug("the priority of the saving thread stays: %s", error)
 
 
 def slots_to_fill(statuses: Sequence[int]) -> tuple[list[int], int]:
@@ -83,7 +95,9 @@ class Saves:
         self._keys: set[bytes] = set()  # of those
         self._busy = False
         self._hurry = asyncio.Event()  # of the link's loop: what is queued should not wait
-        self._copier = IdleCopier()
+        self._copier = ThreadPoolExecutor(
+            1, thread_name_prefix="kvstore-save", initializer=_yield_to_others
+        )
 
     def add(self, chain: Chain) -> None:
         """Queues a chain; what is queued already, or does not fit, comes back at once."""
@@ -112,7 +126,7 @@ class Saves:
 
     def close(self) -> None:
         """Gives everything back, after a copy that is under way. The link is closed before."""
-        self._copier.close()
+        self._copier.shutdown(wait=True, cancel_futures=True)
         while chains := self._take_all():
             for chain in chains:
                 self._done(chain)
@@ -221,8 +235,8 @@ class Saves:
         if not wanted:
             return []
         filled: list[int] = []
-        copy = asyncio.ensure_future(
-            self._copier.run(partial(self._copy, write, wanted, batch, filled))
+        copy = self._link.loop.run_in_executor(
+            self._copier, self._copy, write, wanted, batch, filled
         )
         try:
             await asyncio.shield(copy)

@@ -1,22 +1,19 @@
 """Settings, pages, wake-ups and the like."""
 
-import asyncio
 import dataclasses
 import os
 import select
 import threading
-import time
 from typing import Any
 
 import numpy as np
 import pytest
 from kvstore.errors import ConfigError, InvalidArgumentError
-from kvstore_connector import copier as copier_module
 from kvstore_connector.config import ConnectorConfig, parse_transfer_config
-from kvstore_connector.copier import IdleCopier
 from kvstore_connector.hbm import HbmBlocks
 from kvstore_connector.outbox import FinishedLoad, Outbox
 from kvstore_connector.pages import PageRows
+from kvstore_connector.saves import _yield_to_others
 
 
 def transfer(**extra: Any) -> dict[str, Any]:
@@ -121,65 +118,22 @@ def test_hbm_changes_are_told_once_and_in_their_last_state() -> None:
     assert (sorted(stored), removed, cleared) == ([b"a", b"b"], [], True)
 
 
-def _thread_state() -> tuple[int, int]:
-    tid = threading.get_native_id()
-    return os.getpriority(os.PRIO_PROCESS, tid), os.sched_getscheduler(tid)
-
-
-async def test_a_copier_takes_idle_time_only() -> None:
-    copier = IdleCopier()
+def test_saving_threads_step_back(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
-    try:
-        await copier.run(lambda: seen.append(_thread_state()))
-    finally:
-        copier.close()
-    assert seen == [(19, os.SCHED_IDLE)]
+
+    def run() -> None:
+        _yield_to_others()
+        tid = threading.get_native_id()
+        seen.append((os.getpriority(os.PRIO_PROCESS, tid), os.sched_getscheduler(tid)))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [(19, os.SCHED_BATCH)]
     assert os.getpriority(os.PRIO_PROCESS, 0) < 19
 
-
-async def test_a_starved_copier_takes_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copier_module, "STARVED_S", 0.01)
-    copier = IdleCopier()
-    seen: list[int] = []
-
-    def starved() -> None:
-        while _thread_state()[1] == os.SCHED_IDLE:
-            time.sleep(0.001)
-        seen.append(_thread_state()[1])
-
-    try:
-        # The second is behind the first: it does not take the share from it.
-        await asyncio.gather(
-            copier.run(starved), copier.run(lambda: seen.append(_thread_state()[1]))
-        )
-        await copier.run(lambda: seen.append(_thread_state()[1]))
-    finally:
-        copier.close()
-    assert seen[0] == os.SCHED_BATCH
-    assert seen[2] == os.SCHED_IDLE
-
-
-async def test_a_copier_copies_where_its_priority_cannot_be_set(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError("not here")
 
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
-    monkeypatch.setattr(os, "setpriority", refuse)
-    copier = IdleCopier()
-    seen: list[int] = []
-    try:
-        await copier.run(lambda: seen.append(1))
-    finally:
-        copier.close()
-    assert seen == [1]
-
-
-async def test_a_copy_that_fails_says_so() -> None:
-    copier = IdleCopier()
-    try:
-        with pytest.raises(ZeroDivisionError):
-            await copier.run(lambda: print(1 // 0))
-    finally:
-        copier.close()
+    _yield_to_others()
