@@ -67,6 +67,32 @@ def test_whatever_order_reads_end_in_grants_come_in_chain_order(seed: int) -> No
     rig.check()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_first_blocks_of_a_long_prompt_are_granted_while_later_ones_are_read(seed: int) -> None:
+    """The device ends each read before any that was started after its end, as a real one does.
+
+    So all that has ended is a beginning of the chain whenever the reads of one moment have ended,
+    and as at most 8 are out, no grant can have more than 8 blocks.
+    """
+    rig = rig_with(48, 8, A)
+    request = rig.acquire(A, timeout_s=9.0)
+    pick = shuffled(seed)
+    ended = 0
+    while together := list(rig.disk.reads):
+        assert len(together) <= 8
+        ended += len(together)
+        while together:
+            rig.end_read(together.pop(pick(len(together))))
+        assert rig.granted(request).keys() == set(range(ended)), "all of it is usable"
+        assert rig.disk.reads or ended == len(A), "and more is being read"
+    grants = [body for body in rig.answers[1, request] if isinstance(body, Granted)]
+    assert max(sum(run.count for run in grant.runs) for grant in grants) <= 8
+    assert len(grants) >= len(A) // 8
+    rig.check_bytes(request, A)
+    rig.release(request)
+    rig.check()
+
+
 def test_the_first_prompt_has_most_of_the_reads_and_a_second_is_not_starved() -> None:
     rig = rig_with(96, 8, A, B)
     first = rig.acquire(A, timeout_s=9.0)
