@@ -81,7 +81,10 @@ async def test_a_linked_data_file_is_refused(
     node: LocalNode, make_node: MakeNode, tmp_path: Path
 ) -> None:
     second = tmp_path / "second"
-    second.mkdir()
+    its_own = make_node(**other(tmp_path), ssd_dir=str(second))
+    await its_own.start()
+    await its_own.stop()
+    (second / "data").unlink()
     (second / "data").symlink_to(node.config.ssd_path / "data")
     with pytest.raises(ConfigError, match=r"data .*in use by another node"):
         await make_node(**other(tmp_path), ssd_dir=str(second)).start()

@@ -129,7 +129,7 @@ class SsdIndex:
             self._env = lmdb.open(
                 str(self.path), map_size=map_bytes, max_dbs=3, mode=0o600, create=create, **options
             )
-        except lmdb.Error as error:
+        except (lmdb.Error, OSError) as error:
             raise ConfigError(f"SSD index {self.path}: {error}") from None
         try:
             self._meta = self._env.open_db(b"meta", create=create)
