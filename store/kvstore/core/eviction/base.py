@@ -63,7 +63,8 @@ class RankWindow:
 
     Blocks that come or are used get ranks above all that are in the window, so it stays exact
     until it is used up: then it is taken anew from all blocks. Blocks that may not go yet are
-    remembered and asked for again the next time.
+    remembered and asked for again the next time. Where hardly any block may go, these are found
+    without the window: it would be gone through to its end, and taken anew, for each choice.
     """
 
     def __init__(self, policy: EvictionPolicy, floor: int = 0) -> None:
@@ -78,11 +79,23 @@ class RankWindow:
         self, count: int, eligible: Eligible, members: Callable[[], Rows] | None = None
     ) -> Rows:
         """The first ``count`` blocks in order of rank, children before parents."""
+        if len(self._skipped) <= self._few(count):
+            chosen = self._from_window(count, eligible)
+            if len(chosen) == count:
+                return chosen
+        rows = members() if members else self._policy.members()
+        able = rows[eligible(rows)]
+        if len(able) <= self._few(count):
+            return self._leaves_first(able, count)
         chosen, complete = self._from_window(count, eligible), False
         while len(chosen) < count and not complete:
-            complete = self._refill(count, members)
+            complete = self._refill(count, rows)
             chosen = self._from_window(count, eligible)
         return chosen
+
+    def _few(self, count: int) -> int:
+        """As many blocks as may be put in order for a choice without a window."""
+        return max(_WINDOW_MIN, 4 * count)
 
     def _from_window(self, count: int, eligible: Eligible) -> Rows:
         step = max(64, 2 * count)
@@ -91,7 +104,7 @@ class RankWindow:
             self._position += len(ahead)
             chunk = self._still_valid(np.concatenate((self._skipped, ahead)))
             self._skipped = chunk
-            chosen = self._leaves_first(chunk, count, eligible)
+            chosen = self._leaves_first(chunk[eligible(chunk)], count)
             if len(chosen) >= count or self._position >= len(self._rows):
                 return chosen
             step *= 2
@@ -103,18 +116,17 @@ class RankWindow:
         valid: Rows = rows[live & (rank <= self._top) & (rank >= self._floor)]
         return valid
 
-    def _leaves_first(self, rows: Rows, count: int, eligible: Eligible) -> Rows:
+    def _leaves_first(self, rows: Rows, count: int) -> Rows:
+        """Of blocks that may go as far as they themselves are concerned."""
         policy, table = self._policy, self._policy.table
-        may_go = closed_under_children(
-            rows, table.parent, table.children_in(policy.tier), table.scratch, eligible(rows)
-        )
+        children = table.children_in(policy.tier)
+        may_go = closed_under_children(rows, table.parent, children, table.scratch)
         chosen: Rows = policy.in_order(rows[may_go])[:count]
         return chosen
 
-    def _refill(self, count: int, members: Callable[[], Rows] | None) -> bool:
-        """A larger window than before; True if it now has every block of the tier."""
+    def _refill(self, count: int, rows: Rows) -> bool:
+        """A larger window than before; True if it now has every block, all of ``rows``."""
         policy = self._policy
-        rows = members() if members else policy.members()
         size = max(_WINDOW_MIN, 4 * count, len(rows) // 8, 4 * len(self._rows))
         rank = policy.rank[rows]
         if size < len(rows):
