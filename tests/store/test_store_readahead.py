@@ -1,7 +1,9 @@
 """Loads run ahead along a chain: their order, their bounds, and who comes first."""
 
 import pytest
+from kvstore.core.acquire import Acquires
 from kvstore.core.effects import End, Granted, Prefetched, ReadSsd
+from kvstore.core.leases import Lease
 from kvstore.core.types import EndReason
 
 from tests.store.rig import Rig, chain, shuffled
@@ -186,3 +188,30 @@ def test_a_prefetch_and_an_acquire_of_the_same_blocks_share_their_reads() -> Non
     assert len(end_reads(rig, 4)) == 8
     assert rig.end(request) == End(8, EndReason.COMPLETE)
     assert rig.core.idle()
+
+
+def test_a_report_costs_what_it_starts_however_many_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts that wait for reads which are out, or were never in need of one, are not asked."""
+    calls = 0
+    read_ahead = Acquires._read_ahead
+
+    def counted(acquires: Acquires, lease: Lease, count: int) -> bool:
+        nonlocal calls
+        calls += 1
+        return read_ahead(acquires, lease, count)
+
+    monkeypatch.setattr(Acquires, "_read_ahead", counted)
+    rig = rig_with(96, 64, A, B, C)
+    requests = [rig.acquire(keys, timeout_s=9.0) for _ in range(50) for keys in (C, A)]
+    requests += [rig.acquire(B, timeout_s=9.0)]
+    reports = len(end_reads(rig, 64))
+    ends = [rig.end(request) for request in requests]
+    assert {end.reason for end in ends if end} == {EndReason.COMPLETE}
+    assert None not in ends
+    assert reports == len(A) + len(B) + len(C)
+    assert calls <= 3 * reports + 2 * len(requests)
+    for request in requests:
+        rig.release(request)
+    rig.check()

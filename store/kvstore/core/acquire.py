@@ -14,6 +14,8 @@ from kvstore.core.transfers import Transfers
 from kvstore.core.types import EndReason, Namespace, SlotRun, Tier
 from kvstore.errors import InvalidArgumentError, ResourceExhaustedError
 
+_LOOK_AHEAD_MIN = 64  # blocks of a lease that are looked at together
+
 
 def slot_runs(
     offsets: npt.NDArray[np.int64],
@@ -50,6 +52,7 @@ class Acquires:
         self.tiering = tiering
         self.transfers = transfers
         self.waiting: dict[Lease, Session] = {}
+        self._unread: dict[Lease, None] = {}  # those that wait and may have reads to start
         self._waiters: dict[int, list[Lease]] = {}
         self._prefetch: deque[int] = deque()
         self._starved_at = -1  # room_version at which no slot was found
@@ -85,6 +88,7 @@ class Acquires:
         )
         session.leases[request_id] = lease
         self.waiting[lease] = session
+        self._unread[lease] = None
         np.add.at(self.blocks.table.pins, rows, 1)
         self._touch(rows)
         self.transfers.demotion.used(rows)
@@ -150,11 +154,12 @@ class Acquires:
         """Starts reads for the leases that wait, then for prefetches."""
         if self._starved_at == self.blocks.room_version or not self.transfers.reads_worthwhile:
             return
-        reads_max = self.blocks.config.reads_in_flight_max
-        for lease, share in [*self._shares(), *((lease, reads_max) for lease in self.waiting)]:
-            if self.transfers.read_room <= 0:
+        for lease, share in self._shares() if len(self._unread) > 1 else ():
+            if lease in self._unread and not self._read_ahead(lease, share - self._loading(lease)):
+                self._starved_at = self.blocks.room_version
                 return
-            if lease in self.waiting and not self._read_ahead(lease, share):
+        while self._unread and self.transfers.read_room > 0:
+            if not self._read_ahead(next(iter(self._unread)), self.transfers.read_room):
                 self._starved_at = self.blocks.room_version
                 return
         while self._prefetch and self.transfers.read_room > 0:
@@ -170,6 +175,17 @@ class Acquires:
     def next_deadline(self) -> float | None:
         """Of the leases that wait."""
         return min((lease.deadline for lease in self.waiting), default=None)
+
+    def check(self) -> None:
+        """AssertionError if a read is due that nothing would start."""
+        table = self.blocks.table
+        for lease in self.waiting:
+            looked = len(lease.rows) if lease not in self._unread else lease.looked
+            rows = lease.rows[lease.granted : looked][lease.held[lease.granted : looked]]
+            due = (table.dram_state[rows] == DramState.NONE) & (
+                table.ssd_state[rows] == SsdState.LIVE
+            )
+            assert not due.any(), f"acquire {lease.request_id} passed over what it has to read"
 
     def _leading(
         self, namespace: Namespace, keys: list[bytes], *, dram_only: bool
@@ -236,6 +252,7 @@ class Acquires:
     def _end(self, lease: Lease, reason: EndReason) -> None:
         """The last answer; pins of what was not granted go."""
         session = self.waiting.pop(lease)
+        self._unread.pop(lease, None)
         lease.ended = True
         if lease.granted < len(lease.rows):
             self._leave_waiters(lease)
@@ -290,21 +307,54 @@ class Acquires:
             left -= min(shares[-1][1], len(lease.rows) - lease.granted)
         return shares if len(shares) > 1 else []
 
-    def _read_ahead(self, lease: Lease, share: int) -> bool:
-        """Starts reads for a lease, up to its share; False if DRAM has no slot for them."""
-        table = self.blocks.table
-        ahead = lease.rows[lease.granted :][lease.held[lease.granted :]]
-        share -= int((table.dram_state[ahead] == DramState.LOADING).sum())
-        rows = ahead[
-            (table.dram_state[ahead] == DramState.NONE) & (table.ssd_state[ahead] == SsdState.LIVE)
-        ][: max(0, min(share, self.transfers.read_room))]
-        rows = rows[np.sort(np.unique(rows, return_index=True)[1])]
-        if not len(rows) or self.transfers.start_reads(rows) == len(rows):
+    def _loading(self, lease: Lease) -> int:
+        """Reads that are out for a lease."""
+        part = slice(lease.granted, lease.looked)
+        loading = self.blocks.table.dram_state[lease.rows[part]] == DramState.LOADING
+        return int((loading & lease.held[part]).sum())
+
+    def _read_ahead(self, lease: Lease, count: int) -> bool:
+        """Starts up to ``count`` reads for a lease; False if DRAM has no slot for them."""
+        places = self._unread_places(lease, min(count, self.transfers.read_room))
+        if not len(places):
             return True
+        rows = lease.rows[places]
+        rows = rows[np.sort(np.unique(rows, return_index=True)[1])]
+        if self.transfers.start_reads(rows) == len(rows):
+            lease.looked = int(places[-1]) + 1
+            return True
+        table, ahead = self.blocks.table, lease.rows[lease.granted :]
+        ahead = ahead[lease.held[lease.granted :]]
         lease.starved = bool(table.dram_state[ahead[0]] == DramState.NONE)
         if lease.starved and self._fills_dram(lease):
             self._end(lease, EndReason.NO_SPACE)
         return False
+
+    def _unread_places(self, lease: Lease, count: int) -> npt.NDArray[np.int64]:
+        """Where in a lease the next blocks are that are to be read.
+
+        What is before ``lease.looked`` is not gone through again: a block under a lease never
+        goes back to being on SSD only.
+        """
+        table = self.blocks.table
+        lease.looked = max(lease.looked, lease.granted)
+        found: list[npt.NDArray[np.int64]] = []
+        missing, first = count, lease.looked
+        while missing > 0 and first < len(lease.rows):
+            part = slice(first, first + max(_LOOK_AHEAD_MIN, 2 * missing))
+            rows = lease.rows[part]
+            unread = lease.held[part] & (table.dram_state[rows] == DramState.NONE)
+            unread &= table.ssd_state[rows] == SsdState.LIVE
+            places = first + np.flatnonzero(unread)[:missing]
+            first += len(rows)
+            if len(places):
+                found.append(places)
+                missing -= len(places)
+            elif not found:
+                lease.looked = first
+        if lease.looked == len(lease.rows):
+            self._unread.pop(lease, None)
+        return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
     def _fills_dram(self, lease: Lease) -> bool:
         """Whether nothing but this lease's own pins takes the space it waits for."""

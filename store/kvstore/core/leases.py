@@ -27,6 +27,7 @@ class Lease:
     deadline: float
     held: Mask = field(init=False)
     granted: int = 0
+    looked: int = 0  # rows before it are not to be read from SSD (any more)
     answered: int = 0  # blocks in all Granted together
     ended: bool = False
     starved: bool = False  # its next block waits for a DRAM slot

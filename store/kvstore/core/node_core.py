@@ -391,6 +391,7 @@ class NodeCore:
         """AssertionError if space, pins, links or lists do not add up; slow."""
         self._blocks.check()
         self._fills.check()
+        self._acquires.check()
         self._transfers.demotion.check()
         pins = np.zeros_like(self._blocks.table.pins)
         for session in self._sessions.values():
