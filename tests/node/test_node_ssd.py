@@ -1,6 +1,7 @@
 import asyncio
 import errno
 import os
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Reports:
 
     def __init__(self) -> None:
         self.reads: dict[int, IoOutcome] = {}
+        self.read = asyncio.Event()
         self.kept: list[WriteSsd] = []
         self.failed: list[WriteSsd] = []
         self.corrupt: list[WriteSsd] = []
@@ -37,6 +39,7 @@ class Reports:
 
     def reads_done(self, done: Sequence[tuple[ReadSsd, IoOutcome]]) -> None:
         self.reads |= {op.row: outcome for op, outcome in done}
+        self.read.set()
 
     def writes_done(self, done: Sequence[WriteSsd], ok: bool) -> None:
         (self.kept if ok else self.failed).extend(done)
@@ -338,3 +341,28 @@ def test_index_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "index" / "data.mdb").write_bytes(b"\1" * 8192)
     with pytest.raises(CorruptError, match="SSD index"):
         SsdIndex(tmp_path, CAPACITY // PAGE, "node-1")
+
+
+async def test_the_first_block_of_a_stream_is_reported_while_the_others_are_read(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = [rig.write(row, bytes([row]) * PAGE, 2 * row * PAGE) for row in range(16)]
+    rig.tier.submit_changes(ops)
+    await rig.drain()
+    real, go_on = rig.file.read, threading.Event()
+
+    def read(buffers: Sequence[memoryview], offset: int) -> None:
+        if offset:
+            assert go_on.wait(20)
+        real(buffers, offset)
+
+    monkeypatch.setattr(rig.file, "read", read)
+    rig.tier.submit_reads([rig.read(op) for op in ops])
+    try:
+        async with asyncio.timeout(20):
+            await rig.reports.read.wait()
+        assert rig.reports.reads == {0: IoOutcome.OK}
+    finally:
+        go_on.set()
+    await rig.drain()
+    assert rig.reports.reads == dict.fromkeys(range(16), IoOutcome.OK)

@@ -5,19 +5,16 @@ one commit, and while a group is synced and committed the data of the next is wr
 written is verified first: no bytes become durable that are not those of the commit. A removal is
 committed before it is reported, and only then may its space be reused.
 A read is verified, shard by shard, after its bytes are in the pool. Reports come on the event
-loop, many in one call.
+loop, many in one call: the first reads of a stream at once, then some milliseconds' worth.
 """
 
 import asyncio
-import errno
 import logging
-import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import lmdb
@@ -28,17 +25,18 @@ from kvstore.core.spec import SLOT_ALIGN_BYTES
 from kvstore.core.types import IoOutcome
 from kvstore.faultpoint import faultpoint
 from kvstore.node.ssd_file import RUN_BUFFERS_MAX, SsdFile
-from kvstore.node.ssd_index import SsdIndex
+from kvstore.node.ssd_index import SsdIndex, is_full
 
 log = logging.getLogger(__name__)
 
 IO_THREADS = 4  # reads, and writes, that the device has at a time
-READ_RUN_BYTES = 2 << 20  # short, so that the first blocks of a prompt are usable early
+READ_RUN_BYTES = 4 << 20  # short, so that the first blocks of a prompt are usable early
 WRITE_RUN_BYTES = 4 << 20
 GROUP_BYTES = 64 << 20
 GROUP_CHANGES = 16384
+REPORT_READS = 16  # that have ended are reported at once: as many as the core starts together
+REPORT_PAUSE_S = 0.003  # else from one report of reads to the next
 GROUPS_BEGUN_MAX = 2  # one is synced and committed, the data of the next is written
-FULL_BYTES = 1 << 20  # a file system with less has no room for an index
 FULL_PAUSE_S = 0.1  # before an index without room is tried again
 
 
@@ -60,6 +58,7 @@ class SsdReports(Protocol):
 
 Change = WriteSsd | DropSsd
 Written = Future[dict[int, IoOutcome]]  # of a run: what is not on the medium, by id
+Group = tuple[list[Change], list[Written]]
 OpT = TypeVar("OpT", ReadSsd, WriteSsd)
 
 
@@ -92,13 +91,12 @@ class SsdTier:
         self._reports = reports
         self._loop = asyncio.get_running_loop()
         # Twice as many: while some verify, others keep the device busy.
-        self._threads = ThreadPoolExecutor(2 * IO_THREADS, thread_name_prefix="ssd-io")
-        self._writers = ThreadPoolExecutor(2 * IO_THREADS, thread_name_prefix="ssd-write")
+        self._threads = ThreadPoolExecutor(2 * IO_THREADS, "ssd-io")
+        self._writers = ThreadPoolExecutor(2 * IO_THREADS, "ssd-write")
         self._may_read = threading.Semaphore(IO_THREADS)
         self._may_write = threading.Semaphore(IO_THREADS)
         self._changes: queue.SimpleQueue[Sequence[Change] | None] = queue.SimpleQueue()
-        self._begun: queue.SimpleQueue[tuple[list[Change], list[Written]] | None]
-        self._begun = queue.SimpleQueue()
+        self._begun: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
         self._may_begin = threading.Semaphore(GROUPS_BEGUN_MAX)
         self._starter = threading.Thread(target=self._start_loop, name="ssd-start")
         self._committer = threading.Thread(target=self._commit_loop, name="ssd-commit")
@@ -109,11 +107,16 @@ class SsdTier:
         self._idle.set()
         self._inbox: list[Callable[[], None]] = []
         self._read: list[tuple[ReadSsd, IoOutcome]] = []  # ended, not reported yet
+        self._reads_out = 0  # not ended yet
+        self._reads_due = 0.0  # a report of reads before this, in the loop's time, needs a reason
+        self._reads_timer: asyncio.TimerHandle | None = None
         self._inbox_lock = threading.Lock()
 
     def submit_reads(self, reads: Sequence[ReadSsd]) -> None:
         """Starts reads; neighbours on the medium go as one request."""
         self._started(len(reads))
+        with self._inbox_lock:
+            self._reads_out += len(reads)
         for run in _runs(reads, READ_RUN_BYTES):
             self._threads.submit(self._read_run, run)
 
@@ -131,6 +134,8 @@ class SsdTier:
 
         File and index stay open: they are their owner's.
         """
+        if self._reads_timer is not None:
+            self._reads_timer.cancel()
         self._changes.put(None)
         self._starter.join()
         self._committer.join()
@@ -181,9 +186,10 @@ class SsdTier:
             done = [(op, IoOutcome.FAILED) for op in run]
         with self._inbox_lock:
             self._read += done
-            if len(self._read) > len(done):
+            self._reads_out -= len(done)
+            if len(self._read) > len(done) and not self._pressing():
                 return
-        self._post(self._report_reads)
+        self._post(self._reads_ended)
 
     def _verified(self, op: ReadSsd) -> IoOutcome:
         block = self._memory[op.dram_offset : op.dram_offset + op.nbytes]
@@ -192,10 +198,28 @@ class SsdTier:
         log.error("SSD block %s at byte %d is corrupt", op.key.hex()[:16], op.ssd_offset)
         return IoOutcome.CORRUPT
 
+    def _reads_ended(self) -> None:
+        with self._inbox_lock:
+            pressing = self._pressing()
+        if pressing or self._loop.time() >= self._reads_due:
+            self._report_reads()
+        elif self._reads_timer is None:
+            self._reads_timer = self._loop.call_at(self._reads_due, self._report_reads)
+
+    def _pressing(self) -> bool:
+        """Whether reads are to be reported without a pause; with the lock held."""
+        return len(self._read) >= REPORT_READS or not self._reads_out
+
     def _report_reads(self) -> None:
         """All that have ended by now, in one call: it costs the event loop hardly more than one."""
+        if self._reads_timer is not None:
+            self._reads_timer.cancel()
+            self._reads_timer = None
         with self._inbox_lock:
             done, self._read = self._read, []
+        if not done:
+            return  # reported already
+        self._reads_due = self._loop.time() + REPORT_PAUSE_S
         self._finished(len(done))
         self._reports.reads_done(done)
 
@@ -245,7 +269,7 @@ class SsdTier:
             self.index.apply(changes)
             faultpoint("ssd.indexed")
         except (lmdb.Error, OSError) as error:
-            if _is_full(error, self.index.path):
+            if is_full(error, self.index.path):
                 self._put_off(writes, drops, error)
             else:
                 self._fail(f"index commit: {error}")
@@ -344,20 +368,6 @@ class SsdTier:
             self._reports.writes_corrupt(corrupt)
         if drops:
             self._reports.drops_done(drops)
-
-
-def _is_full(error: Exception, path: Path) -> bool:
-    """Whether there was no room on the file system, or in the map, of the index.
-
-    LMDB takes the short write of a file system that becomes full for EIO. To go on is safe in any
-    case: it has given the transaction up, and itself refuses to go on where that failed.
-    """
-    if isinstance(error, lmdb.DiskError | lmdb.MapFullError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOSPC
-    room = os.statvfs(path)
-    return room.f_bavail * room.f_frsize < FULL_BYTES
 
 
 def _runs(ops: Sequence[OpT], bytes_max: int) -> Iterator[list[OpT]]:

@@ -1,6 +1,7 @@
 """The SSD tier's durable index: LMDB from key to record, committed after the data it names."""
 
 import contextlib
+import errno
 import logging
 import os
 from collections.abc import Iterable, Set
@@ -27,6 +28,7 @@ _DATA_BYTES_KEY = b"data_bytes"
 
 
 HEAD_BYTES = 2 * PAGE_BYTES_MAX  # holds both meta pages
+FULL_BYTES = 1 << 20  # a file system with less has no room for an index
 MISSING_BYTES_MAX = 1 << 20  # at the end, that LMDB may not have written
 REMEDY = (
     "with the node stopped, `kvstore fsck {folder} --repair` makes a new index of what can be saved"
@@ -249,3 +251,17 @@ class SsdIndex:
     def close(self) -> None:
         """Closes the environment; nothing may use it any more."""
         self._env.close()
+
+
+def is_full(error: Exception, path: Path) -> bool:
+    """Whether there was no room on the file system, or in the map, of the index.
+
+    LMDB takes the short write of a file system that becomes full for EIO. To go on is safe in any
+    case: it has given the transaction up, and itself refuses to go on where that failed.
+    """
+    if isinstance(error, lmdb.DiskError | lmdb.MapFullError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC
+    room = os.statvfs(path)
+    return room.f_bavail * room.f_frsize < FULL_BYTES
