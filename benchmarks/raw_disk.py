@@ -44,11 +44,12 @@ class Requests:
 
 
 class RawDisk:
-    """A file opened with O_DIRECT, and page-aligned memory that is mapped from the start."""
+    """A file opened with O_DIRECT, and memory in huge pages that is mapped from the start."""
 
     def __init__(self, path: Path, memory_bytes: int) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
-        self._map = mmap.mmap(-1, memory_bytes)
+        # Private: the kernel gives shared memory no huge pages for this.
+        self._map = mmap.mmap(-1, memory_bytes, flags=mmap.MAP_PRIVATE)
         self._map.madvise(mmap.MADV_HUGEPAGE)
         self.memory = memoryview(self._map)
         for at in range(0, memory_bytes, PAGE_BYTES):
