@@ -1,6 +1,7 @@
 import errno
 import mmap
 import os
+import tempfile
 import threading
 from pathlib import Path
 
@@ -31,6 +32,23 @@ def test_shared_file_falls_back_where_the_kernel_cannot_populate(
     file.wait_taken()
     assert file.path.stat().st_blocks * 512 >= 1 << 20
     file.close()
+
+
+@pytest.mark.parametrize("huge", [True, False], ids=["huge-pages", "no-huge-pages"])
+def test_every_page_is_taken_whatever_their_size(
+    huge: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not huge:
+        monkeypatch.setattr(pool, "MADV_COLLAPSE", 12345)
+    size = (6 << 20) + mmap.PAGESIZE
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        file = SharedFile(Path(folder) / "pool-1", size)
+        file.wait_taken()
+        assert file.path.stat().st_blocks * 512 >= size
+        assert file.map[:] == bytes(size)
+        file.map[-1] = 7
+        assert file.path.read_bytes()[-1] == 7
+        file.close()
 
 
 def test_no_room_is_found_before_and_while_allocating(
