@@ -10,7 +10,7 @@ from kvstore.core.effects import BlockEvent, DropSsd, Effects
 from kvstore.core.eviction import make_policy
 from kvstore.core.ghosts import Ghosts
 from kvstore.core.slots import Offsets, SlotSpace
-from kvstore.core.table import DramState, Rows, SsdState, Table
+from kvstore.core.table import LIVE, DramState, Rows, SsdState, Table
 from kvstore.core.types import CoreConfig, EndReason, Namespace, Tier, TierUsage
 from kvstore.errors import ResourceExhaustedError
 
@@ -243,6 +243,16 @@ class Blocks:
             )
             for tier, space in tiers
         ]
+
+    def inventory(self, chunk_keys: int) -> Iterator[tuple[bytes, Tier, bytes]]:
+        """(root, tier, keys) of all readable blocks; a block in both tiers comes twice."""
+        for tier in (Tier.DRAM, Tier.SSD):
+            live = self.table.state_in(tier) == LIVE
+            for namespace in list(self.namespaces.values()):
+                rows = np.flatnonzero(live & (self.table.namespace == namespace.id))
+                for first in range(0, len(rows), chunk_keys):
+                    keys = self.table.joined(rows[first : first + chunk_keys])
+                    yield namespace.root, tier, keys
 
     def check(self) -> None:
         """AssertionError unless rows, slots and counts of bytes agree."""

@@ -83,3 +83,12 @@ def places_of(indices: Indices, count: int) -> npt.NDArray[np.int64]:
     if len(np.unique(places)) != len(places):
         raise InvalidArgumentError("an index comes twice")
     return places
+
+
+def checksums_of(joined: bytes, count: int) -> npt.NDArray[np.uint64]:
+    """One u64 little-endian a block. InvalidArgumentError if these are not ``count``."""
+    if len(joined) != 8 * count:
+        raise InvalidArgumentError(
+            f"{len(joined)} bytes of checksums for {count} blocks; take 8 each"
+        )
+    return np.frombuffer(joined, dtype="<u8")

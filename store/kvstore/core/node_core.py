@@ -8,7 +8,7 @@ from kvstore.core.acquire import Acquires
 from kvstore.core.admin import evict_blocks, purge_blocks
 from kvstore.core.audit import Audit, audit
 from kvstore.core.blocks import Blocks
-from kvstore.core.checks import Indices, RequestChecks, places_of
+from kvstore.core.checks import Indices, RequestChecks, checksums_of, places_of
 from kvstore.core.directory import DirectoryWriter
 from kvstore.core.effects import (
     Aborted,
@@ -29,19 +29,16 @@ from kvstore.core.leases import Reservation, Session
 from kvstore.core.reserve import Reserves
 from kvstore.core.restore import restore_blocks
 from kvstore.core.scrub import ScrubSsd, next_copies, settle_copies
+from kvstore.core.sessions import Sessions
 from kvstore.core.spec import CacheSpec
 from kvstore.core.ssd_columns import SsdColumns
 from kvstore.core.ssd_record import SsdRecord
-from kvstore.core.table import LIVE
 from kvstore.core.tiering import Tiering
 from kvstore.core.transfers import Transfers
 from kvstore.core.types import AckLevel, CoreConfig, IoOutcome, Namespace, Removal, Tier, TierUsage
 from kvstore.errors import (
-    InvalidArgumentError,
     KVStoreError,
     NotFoundError,
-    PreconditionError,
-    ResourceExhaustedError,
 )
 
 
@@ -71,7 +68,7 @@ class NodeCore:
         self._fills = Fills(self._tiering)
         self._reserves = Reserves(self._tiering, self._transfers, self._fills)
         self._checks = RequestChecks(self._blocks)
-        self._sessions: dict[int, Session] = {}
+        self._sessions = Sessions(config.sessions_max, self._acquires, self._reserves)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -112,37 +109,25 @@ class NodeCore:
 
     def open_session(self, session_id: int) -> None:
         """A client came. ResourceExhaustedError at the limit of sessions."""
-        if session_id in self._sessions:
-            raise PreconditionError(f"session {session_id} is open already")
-        if len(self._sessions) >= self.config.sessions_max:
-            raise ResourceExhaustedError(f"{len(self._sessions)} sessions are open; try later")
-        self._sessions[session_id] = Session(session_id)
+        self._sessions.open(session_id)
 
     def session_settled(self, session_id: int, now: float) -> Effects:
         """Nothing of this session is in use any more: all that it held is back at once."""
-        session = self._sessions.pop(session_id, None)
-        if session is not None:
-            self._reserves.let_all_go(session)
-            self._acquires.let_all_go(session)
+        self._sessions.settle(session_id)
         return self._finish(now)
 
     def session_quarantined(self, session_id: int, now: float) -> Effects:
         """The stream is lost, the process may live: what it holds stays held until settled."""
-        session = self._sessions.get(session_id)
-        if session is not None and not session.quarantined:
-            session.quarantined = True
-            self._reserves.quarantine(session)
-            self._acquires.stop_waiting(session)
+        self._sessions.quarantine(session_id)
         return self._finish(now)
 
     def session_holds(self, session_id: int) -> bool:
         """Whether a session has slots or pins."""
-        session = self._sessions.get(session_id)
-        return session is not None and bool(session.leases or session.reservations)
+        return self._sessions.holds(session_id)
 
     def sessions(self) -> int:
         """Open ones, without those in quarantine."""
-        return sum(not session.quarantined for session in self._sessions.values())
+        return self._sessions.count_open()
 
     # Requests of a session
 
@@ -177,7 +162,7 @@ class NodeCore:
         Blocks of the range that were not granted yet never will be, all others still come. End
         has RELEASED if the last one that would have come was released.
         """
-        session = self._sessions.get(session_id)
+        session = self._sessions.find(session_id)
         if session is not None and first >= 0 and count >= 0:
             self._acquires.release(session, acquire_id, first, count)
         return self._finish(now)
@@ -230,11 +215,7 @@ class NodeCore:
         def call(session: Session) -> None:
             reservation = self._reserves.find(session, reserve_id)
             places = places_of(indices, len(reservation.statuses))
-            if len(checksums) != 8 * len(places):
-                raise InvalidArgumentError(
-                    f"{len(checksums)} bytes of checksums for {len(places)} blocks; take 8 each"
-                )
-            sums = np.frombuffer(checksums, dtype="<u8")
+            sums = checksums_of(checksums, len(places))
             self._reserves.commit(session, request_id, reservation, places, sums, level, now)
 
         return self._request(session_id, request_id, call, now)
@@ -273,8 +254,7 @@ class NodeCore:
 
         def call(_session: Session) -> None:
             namespace, names = self._checks.keys(ns_id, keys, b"")
-            tiers = self._acquires.match(namespace, names)
-            self._reply(session_id, request_id, Matched(tiers))
+            self._reply(session_id, request_id, Matched(self._acquires.match(namespace, names)))
 
         self._answer(session_id, request_id, call)
         return self._take_effects()
@@ -371,13 +351,7 @@ class NodeCore:
 
     def inventory(self, chunk_keys: int = 8192) -> Iterator[tuple[bytes, Tier, bytes]]:
         """(root, tier, keys) of all readable blocks; a block in both tiers comes twice."""
-        table = self._blocks.table
-        for tier in (Tier.DRAM, Tier.SSD):
-            live = table.state_in(tier) == LIVE
-            for namespace in self.namespaces():
-                rows = np.flatnonzero(live & (table.namespace == namespace.id))
-                for first in range(0, len(rows), chunk_keys):
-                    yield namespace.root, tier, table.joined(rows[first : first + chunk_keys])
+        return self._blocks.inventory(chunk_keys)
 
     def idle(self) -> bool:
         """Nothing waits and no disk request is out."""
@@ -393,12 +367,7 @@ class NodeCore:
         self._fills.check()
         self._acquires.check()
         self._transfers.demotion.check()
-        pins = np.zeros_like(self._blocks.table.pins)
-        for session in self._sessions.values():
-            for lease in session.leases.values():
-                np.add.at(pins, lease.rows[lease.held], 1)
-                assert lease.held.any() or not lease.ended, "a lease that holds nothing"
-        assert np.array_equal(pins, self._blocks.table.pins), "pins are not those of the leases"
+        self._sessions.check(self._blocks.table)
 
     def _finish(self, now: float) -> Effects:
         """Lets everything go on that the call made possible."""
@@ -423,10 +392,7 @@ class NodeCore:
 
     def _answer(self, session_id: int, request_id: int, call: Callable[[Session], None]) -> None:
         try:
-            session = self._sessions.get(session_id)
-            if session is None or session.quarantined:
-                raise PreconditionError(f"session {session_id} is not open; connect again")
-            call(session)
+            call(self._sessions.asking(session_id))
         except KVStoreError as error:
             self._reply(session_id, request_id, Failed(error))
 
