@@ -32,14 +32,12 @@ class Tiering:
         blocks = self.blocks
         offsets = blocks.allocate_dram(slot_bytes, count)
         wanted = count - len(offsets)
-        more_victims = True
         while len(offsets) < count:
-            if not (more_victims or self._free_given_up()):
-                break
             victims = blocks.dram_policy.select(wanted, self._may_leave_dram)
-            more_victims = len(victims) == wanted
             if not len(victims):
-                continue
+                if self._free_given_up():
+                    continue
+                break
             self.evict_dram(victims)
             more = blocks.allocate_dram(slot_bytes, count - len(offsets))
             # Victims of another slot size free a slot of ours only once their span is empty.
