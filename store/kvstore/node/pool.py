@@ -15,7 +15,7 @@ from kvstore.node.dir_lock import DirectoryLock
 MADV_POPULATE_WRITE = 23
 MADV_COLLAPSE = 25  # Linux 6.1; unlike MADV_HUGEPAGE it needs no huge= of the tmpfs
 HUGE_PAGE_BYTES = 2 << 20
-HUGE_PAGES_S_PER_GIB = 1.0  # mostly it takes 0.1 to 0.25; longer where memory is fragmented
+HUGE_PAGES_S_PER_GIB = 1.0  # mostly it takes 0.1 to 0.25, 2 where memory is fragmented
 POPULATE_STEP_BYTES = 64 << 20
 POPULATE_THREADS_MAX = 4
 FILE_NAMES = ("pool-*", "directory-*")
@@ -138,7 +138,7 @@ def _populate(memory: mmap.mmap, size_bytes: int) -> bool:
     for 4,096 bytes at a time cannot, and neither side looks up so many addresses.
     """
     start = _address(memory)
-    huge_until = time.monotonic() + HUGE_PAGES_S_PER_GIB * size_bytes / (1 << 30)
+    huge_until = time.monotonic() + HUGE_PAGES_S_PER_GIB * max(1.0, size_bytes / (1 << 30))
 
     def step(offset: int) -> int:
         end = min(offset + POPULATE_STEP_BYTES, size_bytes)
