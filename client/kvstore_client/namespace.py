@@ -128,6 +128,7 @@ class Namespace:
             parent=parent or b"",
             shard_index=shard.index,
             num_shards=shard.count,
+            level=int(level),  # type: ignore[arg-type]
         )
         limit = client.timeout_s if timeout_s is None else timeout_s
         return Write(client, request, self.spec.block_bytes, level=level, timeout_s=limit)

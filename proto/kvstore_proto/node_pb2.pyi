@@ -34,7 +34,7 @@ class _ReserveStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reserve
     RESERVE_STATUS_SLOT: _ReserveStatus.ValueType  # 1
     """fill it, then commit"""
     RESERVE_STATUS_HAVE: _ReserveStatus.ValueType  # 2
-    """stored already"""
+    """stored already; at which level is not said"""
     RESERVE_STATUS_FULL: _ReserveStatus.ValueType  # 3
     """no space: RESOURCE_EXHAUSTED for this block"""
     RESERVE_STATUS_BUSY: _ReserveStatus.ValueType  # 4
@@ -46,7 +46,7 @@ RESERVE_STATUS_UNSPECIFIED: ReserveStatus.ValueType  # 0
 RESERVE_STATUS_SLOT: ReserveStatus.ValueType  # 1
 """fill it, then commit"""
 RESERVE_STATUS_HAVE: ReserveStatus.ValueType  # 2
-"""stored already"""
+"""stored already; at which level is not said"""
 RESERVE_STATUS_FULL: ReserveStatus.ValueType  # 3
 """no space: RESOURCE_EXHAUSTED for this block"""
 RESERVE_STATUS_BUSY: ReserveStatus.ValueType  # 4
@@ -493,6 +493,7 @@ class Reserve(_message.Message):
     SHARD_INDEX_FIELD_NUMBER: _builtins.int
     NUM_SHARDS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
     namespace_id: _builtins.int
     keys: _builtins.bytes
     """n x 32"""
@@ -504,6 +505,8 @@ class Reserve(_message.Message):
     """0 means 1"""
     timeout_ms: _builtins.int
     """how long to wait for space; 0: answer at once"""
+    level: _common_pb2.AckLevel.ValueType
+    """above MEMORY: blocks with status HAVE that the SSD admission"""
     def __init__(
         self,
         *,
@@ -513,10 +516,11 @@ class Reserve(_message.Message):
         shard_index: _builtins.int = ...,
         num_shards: _builtins.int = ...,
         timeout_ms: _builtins.int = ...,
+        level: _common_pb2.AckLevel.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "namespace_id", b"namespace_id", "num_shards", b"num_shards", "parent", b"parent", "shard_index", b"shard_index", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "level", b"level", "namespace_id", b"namespace_id", "num_shards", b"num_shards", "parent", b"parent", "shard_index", b"shard_index", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

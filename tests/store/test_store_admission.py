@@ -177,3 +177,29 @@ def test_without_an_ssd_nothing_is_asked_about() -> None:
     assert rig.get(A[:4]) == (0, EndReason.EVICTED)
     assert rig.core.usage()[0].live_bytes == 4 * BLOCK
     rig.check()
+
+
+def test_a_durable_reserve_has_blocks_written_that_were_passed_over() -> None:
+    """Nothing waits for it: a block that is here already is not acknowledged again."""
+    rig = Rig(16, 4, ssd_admission="reuse")
+    rig.open()
+    wanted, keys = chain("wanted", 4), chain("have", 4)
+    rig.put(wanted)
+    rig.settle()
+    for _ in range(8):
+        rig.get(wanted)
+    rig.put(keys)
+
+    def reserve(level: AckLevel) -> bytes:
+        request = rig.next_id()
+        joined = b"".join(keys)
+        rig.apply(rig.core.reserve(1, request, rig.ns, joined, b"", 0.0, rig.now, level=level))
+        rig.settle()
+        return rig.reserved(request).statuses
+
+    have = bytes([ReserveStatus.HAVE]) * 4
+    assert reserve(AckLevel.MEMORY) == have
+    assert not rig.disk.durable & set(keys), "others are used more"
+    assert reserve(AckLevel.SYNCED) == have
+    assert rig.disk.index.keys() == set(keys)
+    rig.check()

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.core.table import NO_ROW, Mask, Rows
-from kvstore.core.types import EndReason, Namespace, ReserveStatus
+from kvstore.core.types import AckLevel, EndReason, Namespace, ReserveStatus
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +48,7 @@ class Reservation:
     shard_index: int
     num_shards: int
     deadline: float
+    level: AckLevel  # what its commit will ask for
     statuses: npt.NDArray[np.uint8] = field(init=False)
     rows: Rows = field(init=False)
     open: Mask = field(init=False)

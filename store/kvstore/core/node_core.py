@@ -179,6 +179,7 @@ class NodeCore:
         *,
         shard_index: int = 0,
         num_shards: int = 1,
+        level: AckLevel = AckLevel.MEMORY,
     ) -> Effects:
         """A slot for each key that nobody has; one Reserved, at the latest after the timeout."""
 
@@ -195,6 +196,7 @@ class NodeCore:
                 shard_index,
                 num_shards or 1,
                 now + max(0.0, timeout_s),
+                level,
             )
             self._reserves.reserve(session, reservation, now)
 
@@ -259,7 +261,7 @@ class NodeCore:
         self._answer(session_id, request_id, call)
         return self._take_effects()
 
-    # Ends of disk requests
+    # The disk
 
     def read_done(self, op: ReadSsd, outcome: IoOutcome, now: float) -> Effects:
         """A read ended; unless OK, the copy on SSD is dropped."""
@@ -297,8 +299,6 @@ class NodeCore:
         """Several removals are durable."""
         self._transfers.drops_done(ops)
         return self._finish(now)
-
-    # Scrubbing
 
     def scrub_next(self, first_row: int, bytes_max: int) -> tuple[list[ScrubSsd], int]:
         """SSD copies to be verified, from row 0 on; the row to go on with, -1 at the end."""

@@ -196,7 +196,10 @@ class Reserves:
                     statuses[i] = ReserveStatus.SLOT
         part = slice(reservation.next, reservation.next + done)
         slots = statuses[:done] == ReserveStatus.SLOT
-        self.transfers.demotion.used(rows[:done][statuses[:done] == ReserveStatus.HAVE])
+        held = rows[:done][statuses[:done] == ReserveStatus.HAVE]
+        self.transfers.demotion.used(held)
+        if reservation.level > AckLevel.MEMORY:
+            self.transfers.demotion.insist(held)
         reservation.statuses[part] = statuses[:done]
         reservation.rows[part] = np.where(slots, rows[:done], NO_ROW)
         reservation.open[part] = slots

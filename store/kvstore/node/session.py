@@ -208,6 +208,7 @@ class Session:
             now,
             shard_index=request.shard_index,
             num_shards=request.num_shards or 1,
+            level=_ack_level(request.level),
         )
 
     def _commit(self, request_id: int, request: node_pb2.Commit, now: float) -> Effects:
