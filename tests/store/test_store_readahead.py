@@ -215,3 +215,14 @@ def test_a_report_costs_what_it_starts_however_many_wait(
     for request in requests:
         rig.release(request)
     rig.check()
+
+
+def test_a_prompt_whose_tail_takes_the_space_for_its_first_block_ends_earlier() -> None:
+    rig = rig_with(4, 8, A[:5])
+    rig.get(A[1:5])
+    request = rig.acquire(A[:5], timeout_s=9.0)
+    rig.settle()
+    assert rig.end(request) == End(4, EndReason.NO_SPACE), "the last one gives way to the first"
+    rig.check_bytes(request, A)
+    rig.release(request)
+    rig.check()

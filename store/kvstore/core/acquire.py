@@ -326,9 +326,22 @@ class Acquires:
         table, ahead = self.blocks.table, lease.rows[lease.granted :]
         ahead = ahead[lease.held[lease.granted :]]
         lease.starved = bool(table.dram_state[ahead[0]] == DramState.NONE)
-        if lease.starved and self._fills_dram(lease):
-            self._end(lease, EndReason.NO_SPACE)
+        if not (lease.starved and self._fills_dram(lease)):
+            return False
+        behind = lease.held & (table.dram_state[lease.rows] == DramState.LIVE)
+        behind[: lease.granted] = False
+        if behind.any():
+            self._cut(lease, int(np.flatnonzero(behind)[-1]))
+            return True
+        self._end(lease, EndReason.NO_SPACE)
         return False
+
+    def _cut(self, lease: Lease, count: int) -> None:
+        """Only the first blocks will be granted: those behind take the space for them."""
+        self._let_go(self.waiting[lease], lease, slice(count, None), keep=True)
+        lease.rows, lease.held = lease.rows[:count], lease.held[:count]
+        lease.looked = min(lease.looked, count)
+        lease.reason = EndReason.NO_SPACE
 
     def _unread_places(self, lease: Lease, count: int) -> npt.NDArray[np.int64]:
         """Where in a lease the next blocks are that are to be read.
@@ -358,9 +371,11 @@ class Acquires:
 
     def _fills_dram(self, lease: Lease) -> bool:
         """Whether nothing but this lease's own pins takes the space it waits for."""
-        dram = self.blocks.dram
-        held = int(lease.held[: lease.granted].sum()) * lease.namespace.slot_bytes
-        return dram.live_bytes == held and not (dram.pending_bytes or dram.quarantined_bytes)
+        dram, table = self.blocks.dram, self.blocks.table
+        if dram.pending_bytes or dram.quarantined_bytes:
+            return False
+        own = np.unique(lease.rows[lease.held & (table.dram_state[lease.rows] == DramState.LIVE)])
+        return dram.live_bytes == len(own) * lease.namespace.slot_bytes
 
     def _read_prefetched(self) -> bool:
         table = self.blocks.table
