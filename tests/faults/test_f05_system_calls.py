@@ -21,6 +21,7 @@ from tests.faults.daemons import daemon_command
 from tests.faults.disk import DiskNode
 from tests.faults.disk_life import SSD_BYTES
 from tests.faults.ledger import Ledger
+from tests.faults.live import environment
 from tests.faults.report import Record, finish
 
 CALLS = (
@@ -99,7 +100,14 @@ class Lives:
         if tracing:
             tracing = ["strace", "-f", "-qq", "-e", "signal=none", "-o", str(log), *tracing]
         command = [*tracing, *daemon_command("tests.faults.disk_life"), str(home), *more]
-        life = subprocess.run(command, capture_output=True, timeout=LIFE_TIMEOUT_S, check=False)
+        life = subprocess.run(
+            command,
+            capture_output=True,
+            timeout=LIFE_TIMEOUT_S,
+            check=False,
+            # Coverage writes at the end of a life: the faults are for the node's own calls.
+            env=environment(),
+        )
         errors = life.stderr.decode()
         assert "Traceback" not in errors, (command, errors)
         said = told(life.stdout.decode())
