@@ -1,11 +1,12 @@
 """The real client against the real node, where the two could mean different things."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import numpy as np
 import pytest
 from kvstore.core.effects import ReadSsd
+from kvstore.core.keys import split_keys
 from kvstore.core.types import EndReason, ReserveStatus, Tier
 from kvstore.errors import PreconditionError
 from kvstore_client import AckLevel, AsyncClient, Namespace
@@ -119,3 +120,29 @@ async def test_reserve_cancelled_at_any_moment_leaves_nothing(
     assert node.usage().pending_bytes == node.usage().quarantined_bytes == 0
     assert node.node.core.pinned_blocks() == 0
     await node.idle()
+
+
+async def test_a_durable_put_has_blocks_written_that_admission_passed_over(
+    make_node: Callable[..., LocalNode],
+) -> None:
+    """The level reaches the node with the Reserve, before it says that it has the blocks."""
+    node = make_node(dram=16 << 20, ssd=4 << 20, ssd_admission="reuse")
+    await node.start()
+    async with await AsyncClient.connect(node.address, name="test") as client:
+        ns = await client.open_namespace(SPEC)
+        wanted, keys = keys_of((4 << 20) // BLOCK_BYTES, seed=1), keys_of(4, seed=2)
+        await ns.put(wanted, [data_of(key) for key in wanted], level=AckLevel.SYNCED)
+        for _ in range(8):
+            async with ns.read(wanted):
+                pass
+
+        async def put_and_look(level: AckLevel) -> set[bytes]:
+            put = await ns.put(keys, [data_of(key) for key in keys], level=level)
+            assert ReserveStatus.FULL not in put.statuses
+            await node.idle()
+            held = node.node.core.inventory()
+            on_ssd = b"".join(part for _, tier, part in held if tier == Tier.SSD)
+            return set(keys) & set(split_keys(on_ssd))
+
+        assert not await put_and_look(AckLevel.MEMORY)
+        assert await put_and_look(AckLevel.SYNCED) == set(keys)
