@@ -5,6 +5,7 @@ import contextlib
 import json
 import shlex
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,31 +79,36 @@ def up(
       [cyan]kvstore up --data-dir ~/kvstore --dram 4GiB --ssd 32GiB[/cyan]
       [cyan]kvstore up --data-dir /tmp/kvstore --ssd 0 --metrics-listen ""[/cyan]
     """
-    data_dir = data_dir.expanduser().absolute()
+    data_dir = _made(data_dir)
     shared = ["--log-level", log_level]
     master = ["--data-dir", str(data_dir / "master"), "--listen", master_listen, *shared]
     master += ["--metrics-listen", master_metrics_listen]
-    node = [
-        "--data-dir",
-        str(data_dir / "node"),
-        "--listen",
-        listen or f"unix:{data_dir}/node.sock",
-    ]
-    node += ["--dram", dram, "--ssd", ssd, "--pool-dir", pool_dir, *shared]
+    node = ["--data-dir", str(data_dir / "node"), *shared]
+    node += ["--listen", listen or f"unix:{data_dir}/node.sock"]
+    node += ["--dram", dram, "--ssd", ssd, "--pool-dir", pool_dir]
     node += ["--metrics-listen", metrics_listen, "--scrub-mb-s", str(scrub_mb_s)]
     node += ["--ssd-admission", ssd_admission]
 
-    def show(endpoints: dict[str, str]) -> None:
-        if as_json:
-            print_json({**endpoints, "kv_transfer_config": transfer_config(endpoints["node"])})
-        else:
-            _show(endpoints, {"DRAM": dram, "SSD": ssd}, data_dir)
+    show = partial(_show_started, {"DRAM": dram, "SSD": ssd}, data_dir, as_json)
+    asyncio.run(_run(master, node, show))
 
+
+def _made(data_dir: Path) -> Path:
+    data_dir = data_dir.expanduser().absolute()
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise typer.BadParameter(f"--data-dir {data_dir}: {error.strerror}") from None
-    asyncio.run(_run(master, node, show))
+    return data_dir
+
+
+def _show_started(
+    tiers: dict[str, str], data_dir: Path, as_json: bool, endpoints: dict[str, str]
+) -> None:
+    if as_json:
+        print_json({**endpoints, "kv_transfer_config": transfer_config(endpoints["node"])})
+    else:
+        _show(endpoints, tiers, data_dir)
 
 
 async def _run(master: list[str], node: list[str], show: Callable[[dict[str, str]], None]) -> None:
