@@ -45,11 +45,10 @@ def _node_off(flags: Sequence[str]) -> None:
     from kvstore.core.blocks import Blocks
     from kvstore.core.checks import RequestChecks
     from kvstore.core.slots import SlotSpace
-    from kvstore.node import daemon
-    from kvstore.node import ssd as tier
+    from kvstore.node import daemon, ssd_block
 
     for owner, name, off in (
-        (tier, "verify", lambda *_: True),
+        (ssd_block, "verify", lambda *_: True),
         (Blocks, "count", lambda *_: None),
         (SlotSpace, "move", lambda *_: None),
         (RequestChecks, "holds", lambda *_: None),

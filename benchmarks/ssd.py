@@ -1,12 +1,12 @@
 """The SSD tier through a node and its client, against the disk alone, in the same rounds.
 
 Reads. Ours: a client process pins prompts of 32 MiB that are on SSD only (each lease says so, or
-the benchmark fails), three at a time; the node reads them into its pool, verifies every checksum,
+the benchmark fails), four at a time; the node reads them into its pool, verifies every checksum,
 and grants them; the client takes the bytes where they are, in shared memory, and releases them.
 The ceiling: ``preadv`` with O_DIRECT over the same bytes of the same data file, one block a
 request, one thread a request, as many threads as the node has for reads; nothing is verified.
 
-Writes. Ours: the client stores new prompts of 64 MiB at the level ``synced``, three at a time: it
+Writes. Ours: the client stores new prompts of 64 MiB at the level ``synced``, four at a time: it
 copies them into the pool, hashing, and the node writes them, after it has removed older blocks
 durably, as its SSD tier is full. The round ends when every block is acknowledged, so data,
 fdatasync and the index are on the medium. The ceiling: ``pwritev`` with O_DIRECT of what the file
@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 from kvstore.core.types import AckLevel, Tier
-from kvstore.node.ssd import GROUP_BYTES, IO_THREADS
+from kvstore.node import ssd, ssd_writer
 from kvstore_client import AsyncClient, CacheSpec, Lease, Namespace
 
 from benchmarks.errors import BenchmarkError
@@ -45,12 +45,12 @@ Bytes = npt.NDArray[np.uint8]
 ROUNDS = 12
 BLOCK_SIZES = {"1MiB": 1 << 20, "4MiB": 4 << 20}
 DRAM_BYTES = 512 << 20
-SSD_BYTES = 2 << 30
-READ_BYTES = 1 << 30  # one round; more than DRAM holds, so that every block is read again
+SSD_BYTES = 4 << 30
+READ_BYTES = 3 << 30  # one round; more than DRAM holds, so that every block is read again
 READ_PROMPT_BYTES = 32 << 20
-WRITE_BYTES = 768 << 20  # one round
+WRITE_BYTES = 3 << 30  # one round
 WRITE_PROMPT_BYTES = 64 << 20
-IN_FLIGHT = 3
+IN_FLIGHT = 4
 TIMEOUT_S = 60.0
 
 
@@ -153,7 +153,7 @@ class Reads:
         del number
         block_bytes = self.prompts.namespace.spec.block_bytes
         with self.cpu.of("raw"):
-            return self.disk.read(Requests(0, READ_BYTES, block_bytes, IO_THREADS))
+            return self.disk.read(Requests(0, READ_BYTES, block_bytes, ssd.IO_THREADS))
 
 
 @dataclass
@@ -179,7 +179,9 @@ class Writes:
         """What the file holds there already; every write of the node has ended."""
         del number
         block_bytes = self.prompts.namespace.spec.block_bytes
-        requests = Requests(0, WRITE_BYTES, block_bytes, IO_THREADS, GROUP_BYTES)
+        requests = Requests(
+            0, WRITE_BYTES, block_bytes, ssd_writer.IO_THREADS, ssd_writer.GROUP_BYTES
+        )
         self.disk.read(requests)
         with self.cpu.of("raw"):
             return self.disk.write(requests)

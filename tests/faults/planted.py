@@ -29,7 +29,9 @@ MUTATIONS: Mapping[str, tuple[Mutation, ...]] = {
     "skip-directory-fsync": (
         Mutation("kvstore.durable:write_durably", "sync_directory(path.parent)", "pass"),
     ),
-    "skip-checksum": (Mutation("kvstore.node.ssd:verify", "return all(", "return True or all("),),
+    "skip-checksum": (
+        Mutation("kvstore.node.ssd_block:verify", "return all(", "return True or all("),
+    ),
     "compare-64-bits": (
         Mutation(
             "kvstore.core.key_index:KeyIndex.find",
@@ -79,7 +81,7 @@ MUTATIONS: Mapping[str, tuple[Mutation, ...]] = {
     ),
     "swallow-eio": (
         Mutation(
-            "kvstore.node.ssd:SsdTier._write_data",
+            "kvstore.node.ssd_writer:SsdWriter._synced",
             'self._fail(f"fdatasync: {error}")\n'
             "        return {id(op): IoOutcome.FAILED for op in writes}",
             'log.error("fdatasync: %s", error)',

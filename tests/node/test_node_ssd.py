@@ -14,7 +14,7 @@ from kvstore.core.ssd_record import NO_PARENT, SsdRecord
 from kvstore.core.types import IoOutcome
 from kvstore.errors import ConfigError, CorruptError
 from kvstore.faultpoint import enable_faultpoints
-from kvstore.node import ssd_file
+from kvstore.node import ssd_file, ssd_writer
 from kvstore.node.pool import SharedFile
 from kvstore.node.ssd import SsdTier
 from kvstore.node.ssd_file import SsdFile
@@ -127,7 +127,7 @@ async def test_blocks_come_back_as_they_were(
         rig.write(i, d, o, shards=4 if i == 4 else 1)
         for i, (d, o) in enumerate(zip(data, offsets, strict=True))
     ]
-    rig.tier.submit_changes(ops)
+    rig.tier.submit_writes(ops)
     await rig.drain()
     assert rig.reports.kept == ops
     rig.clear()
@@ -142,8 +142,9 @@ async def test_blocks_come_back_as_they_were(
 async def test_I8_index_is_found_again(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     ops = [rig.write(i, os.urandom(PAGE), i * PAGE) for i in range(8)]
-    rig.tier.submit_changes(ops)
-    rig.tier.submit_changes([DropSsd(3, ops[3].key, ops[3].ssd_offset)])
+    rig.tier.submit_writes(ops)
+    await rig.drain()
+    rig.tier.submit_drops([DropSsd(3, ops[3].key, ops[3].ssd_offset)])
     rig.index.add_namespace(ROOT, b"spec")
     await rig.drain()
     assert [drop.row for drop in rig.reports.dropped] == [3]
@@ -158,9 +159,10 @@ async def test_I8_index_is_found_again(tmp_path: Path) -> None:
 
 async def test_removal_and_new_write_of_a_key_keep_their_order(rig: Rig) -> None:
     old, new = rig.write(1, os.urandom(PAGE), 0), rig.write(1, os.urandom(PAGE), PAGE)
-    rig.tier.submit_changes([old])
-    rig.tier.submit_changes([DropSsd(1, old.key, 0)])
-    rig.tier.submit_changes([new])
+    rig.tier.submit_writes([old])
+    await rig.drain()
+    rig.tier.submit_drops([DropSsd(1, old.key, 0)])
+    rig.tier.submit_writes([new])
     await rig.drain()
     records, _ = decode_many(*rig.index.entries())
     assert records == [new.record]
@@ -169,7 +171,7 @@ async def test_removal_and_new_write_of_a_key_keep_their_order(rig: Rig) -> None
 @pytest.mark.parametrize("shard", [0, 3])
 async def test_I1_flipped_bit_is_corrupt(rig: Rig, shard: int) -> None:
     op, other = rig.write(0, os.urandom(65536), 0, shards=4), rig.write(1, os.urandom(PAGE), 65536)
-    rig.tier.submit_changes([op, other])
+    rig.tier.submit_writes([op, other])
     await rig.drain()
     with (rig.folder / ssd_file.DATA_NAME).open("r+b") as file:
         file.seek(shard * 16384 + 77)
@@ -184,7 +186,7 @@ async def test_I1_flipped_bit_is_corrupt(rig: Rig, shard: int) -> None:
 
 async def test_read_that_fails_is_told_apart_from_corruption(rig: Rig) -> None:
     op = rig.write(0, os.urandom(PAGE), 0)
-    rig.tier.submit_changes([op])
+    rig.tier.submit_writes([op])
     await rig.drain()
     arm("ssd.read:eio")
     rig.tier.submit_reads([rig.read(op)])
@@ -198,7 +200,7 @@ async def test_read_that_fails_is_told_apart_from_corruption(rig: Rig) -> None:
 async def test_I2_data_that_was_not_written_is_not_indexed(rig: Rig) -> None:
     ops = [rig.write(i, os.urandom(PAGE), i * 2 * PAGE) for i in range(3)]
     arm("ssd.data:eio@2")
-    rig.tier.submit_changes(ops)
+    rig.tier.submit_writes(ops)
     await rig.drain()
     assert len(rig.reports.failed) == 1
     assert len(rig.reports.kept) == 2
@@ -210,7 +212,7 @@ async def test_I2_data_that_was_not_written_is_not_indexed(rig: Rig) -> None:
 async def test_I3_after_a_failed_fdatasync_nothing_is_acknowledged(rig: Rig) -> None:
     arm("ssd.sync:eio")
     for row in range(2):
-        rig.tier.submit_changes([rig.write(row, os.urandom(PAGE), row * PAGE)])
+        rig.tier.submit_writes([rig.write(row, os.urandom(PAGE), row * PAGE)])
         await rig.drain()
     assert [op.row for op in rig.reports.failed] == [0, 1]
     assert "fdatasync" in rig.tier.failed
@@ -219,10 +221,11 @@ async def test_I3_after_a_failed_fdatasync_nothing_is_acknowledged(rig: Rig) -> 
 
 async def test_I3_failed_index_commit_acknowledges_nothing(rig: Rig) -> None:
     first = rig.write(0, os.urandom(PAGE), 0)
-    rig.tier.submit_changes([first])
+    rig.tier.submit_writes([first])
     await rig.drain()
     arm("ssd.index:eio")
-    rig.tier.submit_changes([DropSsd(0, first.key, 0), rig.write(1, os.urandom(PAGE), PAGE)])
+    rig.tier.submit_drops([DropSsd(0, first.key, 0)])
+    rig.tier.submit_writes([rig.write(1, os.urandom(PAGE), PAGE)])
     await rig.drain()
     assert [op.row for op in rig.reports.failed] == [1]
     assert rig.reports.dropped == []
@@ -232,21 +235,100 @@ async def test_I3_failed_index_commit_acknowledges_nothing(rig: Rig) -> None:
 
 async def test_I3_index_without_room_is_tried_again(rig: Rig) -> None:
     first = rig.write(0, os.urandom(PAGE), 0)
-    rig.tier.submit_changes([first])
+    rig.tier.submit_writes([first])
     await rig.drain()
-    arm("ssd.index:enospc@1,ssd.index:enospc@2")
-    rig.tier.submit_changes([DropSsd(0, first.key, 0), rig.write(1, os.urandom(PAGE), PAGE)])
+    arm("ssd.index:enospc@1,ssd.index:enospc@2,ssd.index:enospc@4")
+    rig.tier.submit_drops([DropSsd(0, first.key, 0)])
     await rig.drain()
-    assert [op.row for op in rig.reports.failed] == [1]
     assert [op.row for op in rig.reports.dropped] == [0]
     assert (rig.tier.failed, rig.tier.full) == ("", "")
+    rig.tier.submit_writes([rig.write(1, os.urandom(PAGE), PAGE)])
+    await rig.drain()
+    assert [op.row for op in rig.reports.failed] == [1]
+    assert rig.tier.full
+    rig.tier.submit_writes([second := rig.write(2, os.urandom(PAGE), PAGE)])
+    await rig.drain()
+    assert rig.reports.kept == [first, second]
+    assert (rig.tier.failed, rig.tier.full) == ("", "")
+    assert rig.index.entries() == ([second.key], [second.record.encode()])
+
+
+async def test_a_removal_goes_with_the_group_that_is_being_written(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = rig.write(0, os.urandom(PAGE), 0)
+    rig.tier.submit_writes([first])
+    await rig.drain()
+    writing, go_on, commits = threading.Event(), threading.Event(), []
+    real_write, real_apply = rig.file.write, rig.index.apply
+
+    def write(buffers: Sequence[memoryview], offset: int) -> None:
+        writing.set()
+        assert go_on.wait(20)
+        real_write(buffers, offset)
+
+    def apply(changes: Sequence[tuple[bytes, bytes | None]]) -> None:
+        commits.append([key for key, _ in changes])
+        real_apply(changes)
+
+    monkeypatch.setattr(rig.file, "write", write)
+    monkeypatch.setattr(rig.index, "apply", apply)
+    second = rig.write(1, os.urandom(PAGE), PAGE)
+    rig.tier.submit_writes([second])
+    assert await asyncio.to_thread(writing.wait, 20)
+    rig.tier.submit_drops([DropSsd(0, first.key, 0)])
+    go_on.set()
+    await rig.drain()
+    assert commits == [[first.key, second.key]]
+    assert rig.index.entries() == ([second.key], [second.record.encode()])
+
+
+async def test_a_long_list_of_writes_becomes_durable_group_by_group(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssd_writer, "GROUP_BYTES", 3 * PAGE)
+    syncs = []
+    real_sync = rig.file.sync
+
+    def sync() -> None:
+        syncs.append(1)
+        real_sync()
+
+    monkeypatch.setattr(rig.file, "sync", sync)
+    ops = [rig.write(row, os.urandom(PAGE), 2 * row * PAGE) for row in range(10)]
+    rig.tier.submit_writes(ops)
+    await rig.drain()
+    assert rig.reports.kept == ops
+    assert len(syncs) > 1
+
+
+async def test_I2_a_group_waits_for_the_one_before_it(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssd_writer, "GROUP_BYTES", PAGE)
+    real_write, go_on, second_written = rig.file.write, threading.Event(), threading.Event()
+
+    def write(buffers: Sequence[memoryview], offset: int) -> None:
+        if not offset:
+            assert go_on.wait(20)
+        real_write(buffers, offset)
+        if offset:
+            second_written.set()
+
+    monkeypatch.setattr(rig.file, "write", write)
+    ops = [rig.write(row, os.urandom(PAGE), 2 * row * PAGE) for row in range(2)]
+    rig.tier.submit_writes(ops)
+    assert await asyncio.to_thread(second_written.wait, 20)
     assert rig.index.entries() == ([], [])
+    go_on.set()
+    await rig.drain()
+    assert rig.reports.kept == ops
 
 
 async def test_close_ends_with_work_queued(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     for row in range(8):
-        rig.tier.submit_changes([rig.write(row, os.urandom(65536), row * 65536)])
+        rig.tier.submit_writes([rig.write(row, os.urandom(65536), row * 65536)])
     rig.close()
     index = SsdIndex(tmp_path, CAPACITY // PAGE, "node-1")
     assert len(index.entries()[0]) == 8
@@ -347,7 +429,7 @@ async def test_the_first_block_of_a_stream_is_reported_while_the_others_are_read
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ops = [rig.write(row, bytes([row]) * PAGE, 2 * row * PAGE) for row in range(16)]
-    rig.tier.submit_changes(ops)
+    rig.tier.submit_writes(ops)
     await rig.drain()
     real, go_on = rig.file.read, threading.Event()
 

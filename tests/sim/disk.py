@@ -5,7 +5,7 @@ from typing import Protocol
 
 from kvstore.core.effects import DropSsd, ReadSsd, WriteSsd
 from kvstore.core.types import IoOutcome
-from kvstore.node import ssd
+from kvstore.node import ssd_block
 
 from tests.sim.world import World
 
@@ -89,8 +89,9 @@ class Reports(Protocol):
 class Device:
     """The disk requests of one life of a node, as its SSD tier carries them out.
 
-    Reads end in any order. Writes and removals go in groups, one after the other: data, sync,
-    index, report, each at a moment of its own, with a crash possible between any two.
+    Reads end in any order. Writes go in groups, one after the other: data, sync, index, report,
+    each at a moment of its own, with a crash possible between any two. Removals go with any group
+    whose index is not written yet, or by themselves.
     """
 
     def __init__(self, world: World, name: str, medium: Medium, pool: bytearray) -> None:
@@ -102,7 +103,8 @@ class Device:
         self._medium = medium
         self._pool = pool
         self._sync_failed = False
-        self._queue: list[WriteSsd | DropSsd] = []
+        self._queue: list[WriteSsd] = []
+        self._drops: list[DropSsd] = []
         self._busy = False
 
     def _later(self, what: str, call: object, *arguments: object) -> None:
@@ -131,57 +133,69 @@ class Device:
                 continue
             data = self._medium.read(op.ssd_offset, op.nbytes)
             self._pool[op.dram_offset : op.dram_offset + op.nbytes] = data
-            good = ssd.verify(memoryview(data), op.checksums)
+            good = ssd_block.verify(memoryview(data), op.checksums)
             done.append((op, IoOutcome.OK if good else IoOutcome.CORRUPT))
         self.reports.reads_done(done)
 
-    def submit_changes(self, changes: Sequence[WriteSsd | DropSsd]) -> None:
+    def submit_writes(self, writes: Sequence[WriteSsd]) -> None:
         """Queues them in their order."""
-        self._queue += changes
+        self._queue += writes
         if not self._busy:
             self._busy = True
             self._later("group", self._begin_group)
+
+    def submit_drops(self, drops: Sequence[DropSsd]) -> None:
+        """They go when nothing else does, or with a group."""
+        self._drops += drops
+        self._later("removal", self._remove)
+
+    def _remove(self) -> None:
+        if drops := self._take_drops():
+            self._later("report", self.reports.drops_done, drops)
+
+    def _take_drops(self) -> list[DropSsd]:
+        """Those that are due, gone from the index."""
+        drops, self._drops = self._drops, []
+        for op in drops:
+            self._medium.index.pop(op.key, None)
+        return drops
 
     def _begin_group(self) -> None:
         count = self._world.random.randint(1, len(self._queue))
         group, self._queue = self._queue[:count], self._queue[count:]
         lost: set[int] = set()
-        writes = [op for op in group if isinstance(op, WriteSsd)]
-        for op in writes:
+        for op in group:
             if self._sync_failed or self._world.chance(self.failing):
                 lost.add(id(op))
             else:
                 block = self._pool[op.dram_offset : op.dram_offset + op.nbytes]
                 self._medium.write(op.ssd_offset, bytes(block))
-        self._later("sync" if writes else "nosync", self._sync, group, lost)
+        self._later("sync", self._sync, group, lost)
 
-    def _sync(self, group: list[WriteSsd | DropSsd], lost: set[int]) -> None:
+    def _sync(self, group: list[WriteSsd], lost: set[int]) -> None:
         if self._world.chance(self.failing / 4):
             # After a failed fdatasync nothing that this file holds is known.
             self._sync_failed = True
         if self._sync_failed:
-            lost |= {id(op) for op in group if isinstance(op, WriteSsd)}
+            lost |= {id(op) for op in group}
         else:
             self._medium.sync()
         self._later("index", self._index, group, lost)
 
-    def _index(self, group: list[WriteSsd | DropSsd], lost: set[int]) -> None:
+    def _index(self, group: list[WriteSsd], lost: set[int]) -> None:
+        drops = self._take_drops() if self._world.chance(0.5) else []
         for op in group:
-            if isinstance(op, DropSsd):
-                self._medium.index.pop(op.key, None)
-            elif id(op) not in lost:
+            if id(op) not in lost:
                 self._medium.index[op.key] = op.record.encode()
-        self._later("report", self._report, group, lost)
+        self._later("report", self._report, group, lost, drops)
         if self._queue:
             self._later("group", self._begin_group)
         else:
             self._busy = False
 
-    def _report(self, group: list[WriteSsd | DropSsd], lost: set[int]) -> None:
-        writes = [op for op in group if isinstance(op, WriteSsd)]
-        failed = [op for op in writes if id(op) in lost]
-        kept = [op for op in writes if id(op) not in lost]
-        drops = [op for op in group if isinstance(op, DropSsd)]
+    def _report(self, group: list[WriteSsd], lost: set[int], drops: list[DropSsd]) -> None:
+        failed = [op for op in group if id(op) in lost]
+        kept = [op for op in group if id(op) not in lost]
         if failed:
             self.reports.writes_done(failed, False)
         if kept:

@@ -14,7 +14,7 @@ from kvstore.core.spec import CacheSpec
 from kvstore.core.ssd_record import SsdRecord
 from kvstore.core.types import AckLevel, CoreConfig, IoOutcome, Namespace, Tier
 from kvstore.errors import KVStoreError
-from kvstore.node import ssd
+from kvstore.node import ssd_block
 from kvstore.node.hbm import HbmInventory
 from kvstore_proto import node_pb2
 
@@ -177,9 +177,9 @@ class Node:
         if effects.reads:
             self.device.submit_reads(effects.reads)
         if effects.drops:
-            self.device.submit_changes(effects.drops)
+            self.device.submit_drops(effects.drops)
         if effects.writes:
-            self.device.submit_changes(effects.writes)
+            self.device.submit_writes(effects.writes)
         for event in effects.events:
             come, gone = (event.keys, b"") if event.stored else (b"", event.keys)
             self.master.changed(event.root, event.tier, come, gone)
@@ -276,7 +276,7 @@ class Node:
         seen = []
         for copy in copies:
             data = self.medium.read(copy.ssd_offset, copy.nbytes)
-            good = ssd.verify(memoryview(data), copy.checksums)
+            good = ssd_block.verify(memoryview(data), copy.checksums)
             seen.append((copy, IoOutcome.OK if good else IoOutcome.CORRUPT))
         self.apply(self.core.scrub_done(seen, self.world.now))
 

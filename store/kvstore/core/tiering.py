@@ -11,6 +11,8 @@ from kvstore.core.slots import Offsets
 from kvstore.core.table import NOT_ADMITTED, DramState, Mask, Rows, SsdState
 from kvstore.core.types import AckLevel, EndReason
 
+FREE_AHEAD_SHARE = 16  # of the slots on SSD, one part may be kept free for writes to come
+
 
 class Tiering:
     """Eviction from both tiers, and purges.
@@ -187,11 +189,20 @@ class Tiering:
         return may
 
     def allocate_ssd(self, slot_bytes: int, count: int) -> Offsets:
-        """Free slots; what is missing is evicted, and there once the removals are durable."""
+        """Free slots; what is missing is evicted, and there once the removals are durable.
+
+        In a large tier so is the space of the writes to come, so that they need not wait for that.
+        """
         blocks = self.blocks
         assert blocks.ssd is not None
         offsets = blocks.ssd.allocate(slot_bytes, count)[0]
+        ahead = min(
+            blocks.config.writes_in_flight_bytes_max // slot_bytes,
+            blocks.ssd.slots_max(slot_bytes) // FREE_AHEAD_SHARE,
+        )
         missing = count - len(offsets) - blocks.drops_out
+        if ahead:
+            missing += ahead - blocks.ssd.room(slot_bytes)
         if missing > 0:
             victims = blocks.ssd_policy.select(missing, self.may_leave_ssd)
             if len(victims):

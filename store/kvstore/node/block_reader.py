@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 from kvstore.core.types import IoOutcome
 from kvstore.faultpoint import faultpoint
-from kvstore.node.ssd import slot_bytes, verify
+from kvstore.node.ssd_block import slot_bytes, verify
 
 
 class Placed(Protocol):

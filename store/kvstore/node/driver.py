@@ -42,9 +42,9 @@ class Driver:
                 self.ssd.submit_reads(effects.reads)
             # Removals first: a key that is stored anew in the same call must end up stored.
             if effects.drops:
-                self.ssd.submit_changes(effects.drops)
+                self.ssd.submit_drops(effects.drops)
             if effects.writes:
-                self.ssd.submit_changes(effects.writes)
+                self.ssd.submit_writes(effects.writes)
         if effects.events:
             self._events(effects.events)
         self._set_timer()

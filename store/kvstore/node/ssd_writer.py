@@ -1,0 +1,307 @@
+"""The SSD tier's writes and removals: many in a group, durable in the order that is safe.
+
+A write is data, fdatasync, index commit, then its report; many are grouped under one fdatasync and
+one commit, and while a group is synced and committed the data of the next ones is written. What is
+written is verified first: no bytes become durable that are not those of the commit.
+
+A removal is committed before it is reported, and only then may its space be reused. It goes with
+the next group that is committed, or at once where nothing is being written: a commit of its own
+costs as much as a group's, 5 to 15 ms behind a busy device's queue.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import lmdb
+
+from kvstore.core.effects import DropSsd, WriteSsd
+from kvstore.core.types import IoOutcome
+from kvstore.faultpoint import faultpoint
+from kvstore.node import ssd_block
+from kvstore.node.ssd_file import SsdFile
+from kvstore.node.ssd_index import SsdIndex, is_full
+
+log = logging.getLogger(__name__)
+
+IO_THREADS = 4  # writes that the device has at a time
+RUN_BYTES = 4 << 20
+GROUP_BYTES = 64 << 20
+GROUP_WRITES = 16384
+GROUPS_BEGUN_MAX = 3  # one is synced and committed, the data of the next ones is written
+FULL_PAUSE_S = 0.1  # before an index without room is tried again
+
+
+class ChangeReports(Protocol):
+    """Whoever hears, on the event loop, how writes and removals ended."""
+
+    def writes_done(self, done: Sequence[WriteSsd], ok: bool) -> None:
+        """Writes of one group that ended alike."""
+
+    def writes_corrupt(self, done: Sequence[WriteSsd]) -> None:
+        """Blocks whose bytes were not those that were committed: none of them was kept."""
+
+    def drops_done(self, done: Sequence[DropSsd]) -> None:
+        """Removals that are durable."""
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Writes that become durable together."""
+
+    writes: list[WriteSsd]
+    running: int  # runs of them whose data is being written
+    bad: dict[int, IoOutcome] = field(default_factory=dict)  # why one is not on the medium, by id
+
+
+class SsdWriter:
+    """Carries out changes of the SSD tier; ``submit_*`` may be called from one thread only.
+
+    ``post`` has a call made on the event loop. ``ended`` hears there how many requests have ended,
+    before their reports.
+    """
+
+    def __init__(
+        self,
+        file: SsdFile,
+        index: SsdIndex,
+        memory: memoryview,
+        reports: ChangeReports,
+        *,
+        post: Callable[[Callable[[], None]], None],
+        ended: Callable[[int], None],
+    ) -> None:
+        self.file = file
+        self.index = index
+        self.failed = ""  # why nothing is acknowledged any more; empty while all is well
+        self.full = ""  # why the index takes nothing for now
+        self._memory = memory
+        self._reports = reports
+        self._post = post
+        self._ended = ended
+        # Twice as many: while some verify, others keep the device busy.
+        self._writers = ThreadPoolExecutor(2 * IO_THREADS, "ssd-write")
+        self._may_write = threading.Semaphore(IO_THREADS)
+        self._writes: queue.SimpleQueue[Sequence[WriteSsd] | None] = queue.SimpleQueue()
+        self._may_begin = threading.Semaphore(GROUPS_BEGUN_MAX)
+        self._begun: deque[_Group] = deque()  # in the order in which they become durable
+        self._group_lock = threading.Lock()
+        # Removals for the committer; none of them says that a group may have been written.
+        self._ready: queue.SimpleQueue[Sequence[DropSsd] | None] = queue.SimpleQueue()
+        self._starter = threading.Thread(target=self._start_loop, name="ssd-start")
+        self._committer = threading.Thread(target=self._commit_loop, name="ssd-commit")
+        self._starter.start()
+        self._committer.start()
+
+    def submit_writes(self, writes: Sequence[WriteSsd]) -> None:
+        """Queues writes; they become durable in this order, in groups."""
+        self._writes.put(writes)
+
+    def submit_drops(self, drops: Sequence[DropSsd]) -> None:
+        """Queues removals.
+
+        No write of their keys may be out; one that is submitted later ends later.
+        """
+        self._ready.put(drops)
+
+    def close(self) -> None:
+        """Ends the threads after what they have in hand."""
+        self._writes.put(None)
+        self._starter.join()
+        self._writers.shutdown()
+        self._ready.put(None)
+        self._committer.join()
+
+    def _start_loop(self) -> None:
+        for writes in self._groups():
+            runs = [] if self.failed else list(ssd_block.runs_of(writes, RUN_BYTES))
+            group = _Group(writes, len(runs))
+            self._begun.append(group)
+            for run in runs:
+                self._writers.submit(self._write_run, run, group)
+            if not runs:
+                self._ready.put(())
+
+    def _groups(self) -> Iterator[list[WriteSsd]]:
+        """What is queued, in parts within the bounds of a group; ends at close."""
+        waiting: deque[WriteSsd] = deque()
+        while waiting or self._take_writes(waiting):
+            self._may_begin.acquire()
+            group: list[WriteSsd] = []
+            nbytes = 0
+            while waiting and nbytes < GROUP_BYTES and len(group) < GROUP_WRITES:
+                group.append(waiting.popleft())
+                nbytes += group[-1].nbytes
+                if not waiting and not self._writes.empty():
+                    self._take_writes(waiting)
+            yield group
+
+    def _take_writes(self, waiting: deque[WriteSsd]) -> bool:
+        """Waits for writes to be queued; False if none will be."""
+        writes = self._writes.get()
+        if writes is None:
+            self._writes.put(None)  # for the next one who asks
+            return False
+        waiting.extend(writes)
+        return True
+
+    def _commit_loop(self) -> None:
+        ended = False
+        drops: list[DropSsd] = []
+        while not ended:
+            ended = self._wait_for_work(drops)
+            groups = list(self._groups_written())
+            if not groups and not (drops and (ended or not self._begun)):
+                continue
+            writes = [op for group in groups for op in group.writes]
+            bad = {place: why for group in groups for place, why in group.bad.items()}
+            try:
+                self._commit(drops, writes, bad)
+            except Exception:  # a bug; without this thread every writer would wait for ever
+                log.exception("a group of changes failed")
+                self._fail("a bug; the log has it")
+                self._report_lost(drops, writes)
+            drops = []
+            for _ in groups:
+                self._may_begin.release()
+
+    def _groups_written(self) -> Iterator[_Group]:
+        """The groups whose data has ended, in their order."""
+        while self._begun and not self._begun[0].running:
+            yield self._begun.popleft()
+
+    def _wait_for_work(self, drops: list[DropSsd]) -> bool:
+        """Adds the removals that came; True if this was the last work."""
+        while (ready := self._ready.get()) is not None:
+            drops += ready
+            if self._ready.empty():
+                return False
+        return True
+
+    def _commit(
+        self, drops: Sequence[DropSsd], writes: Sequence[WriteSsd], bad: dict[int, IoOutcome]
+    ) -> None:
+        bad = self._synced(writes, bad)
+        changes: list[tuple[bytes, bytes | None]] = [(op.key, None) for op in drops]
+        changes += [(op.key, op.record.encode()) for op in writes if id(op) not in bad]
+        try:
+            faultpoint("ssd.index")
+            self.index.apply(changes)
+            faultpoint("ssd.indexed")
+        except (lmdb.Error, OSError) as error:
+            if is_full(error, self.index.path):
+                self._put_off(writes, drops, error)
+            else:
+                self._fail(f"index commit: {error}")
+                self._report_lost(drops, writes)
+            return
+        if self.full and changes:
+            log.info("SSD index has room again")
+            self.full = ""
+        kept = [op for op in writes if id(op) not in bad]
+        failed = [op for op in writes if bad.get(id(op)) is IoOutcome.FAILED]
+        corrupt = [op for op in writes if bad.get(id(op)) is IoOutcome.CORRUPT]
+        self._post(lambda: self._report_group(failed, kept, drops, corrupt))
+
+    def _put_off(
+        self, writes: Sequence[WriteSsd], drops: Sequence[DropSsd], error: Exception
+    ) -> None:
+        """No room for the index: nothing has changed. Removals wait until there is room again."""
+        if not self.full:
+            log.error("SSD index has no room: %s; no new block stays on SSD until it has", error)
+            self.full = str(error)
+        time.sleep(FULL_PAUSE_S)
+        # A record that the restore refused is refused again: its key may be stored anew by then.
+        again = [op for op in drops if op.row >= 0]
+        if again:
+            self._ready.put(again)
+        refused = [op for op in drops if op.row < 0]
+        self._post(lambda: self._report_group(writes, (), refused))
+
+    def _report_lost(self, drops: Sequence[DropSsd], writes: Sequence[WriteSsd]) -> None:
+        self._post(lambda: self._report_group(writes, (), (), stuck=len(drops)))
+
+    def _synced(
+        self, writes: Sequence[WriteSsd], bad: dict[int, IoOutcome]
+    ) -> dict[int, IoOutcome]:
+        """Syncs what is written; by id, why a request's data is not on the medium."""
+        if self.failed or not writes:
+            return {id(op): IoOutcome.FAILED for op in writes}
+        try:
+            faultpoint("ssd.sync")
+            self.file.sync()
+        except OSError as error:
+            # After a failed fdatasync the kernel has forgotten which pages were dirty: what this
+            # file holds is unknown until it is written again.
+            self._fail(f"fdatasync: {error}")
+            return {id(op): IoOutcome.FAILED for op in writes}
+        return bad
+
+    def _write_run(self, run: Sequence[WriteSsd], group: _Group) -> None:
+        try:
+            bad = self._written(run)
+        except Exception:  # a bug; without its end the group would be waited for for ever
+            log.exception("a run of writes failed")
+            self._fail("a bug; the log has it")
+            bad = {id(op): IoOutcome.FAILED for op in run}
+        with self._group_lock:
+            group.bad |= bad
+            group.running -= 1
+            if group.running:
+                return
+        self._ready.put(())
+
+    def _written(self, run: Sequence[WriteSsd]) -> dict[int, IoOutcome]:
+        """Writes data; by id, why a request's data is not on the medium."""
+        bad = {id(op): IoOutcome.CORRUPT for op in run if not self._proven(op)}
+        try:
+            faultpoint("ssd.data")
+            slots = ssd_block.slots_of(run, self._memory)
+            with self._may_write:
+                self.file.write(slots, run[0].ssd_offset)
+        except OSError as error:
+            log.error("SSD write at byte %d failed: %s", run[0].ssd_offset, error)
+            return {id(op): IoOutcome.FAILED for op in run}
+        return bad
+
+    def _proven(self, op: WriteSsd) -> bool:
+        """Whether the bytes in DRAM are those of the commit, before they are made durable."""
+        block = self._memory[op.dram_offset : op.dram_offset + op.nbytes]
+        if ssd_block.verify(block, op.record.checksums):
+            return True
+        log.error("block %s in DRAM is not what was committed: dropped", op.key.hex()[:16])
+        return False
+
+    def _fail(self, reason: str) -> None:
+        if not self.failed:
+            log.error(
+                "SSD tier takes no more writes until the node is restarted: %s; reads and DRAM go "
+                "on, new blocks are in memory only",
+                reason,
+            )
+            self.failed = reason
+
+    def _report_group(
+        self,
+        failed: Sequence[WriteSsd],
+        kept: Sequence[WriteSsd],
+        drops: Sequence[DropSsd],
+        corrupt: Sequence[WriteSsd] = (),
+        stuck: int = 0,
+    ) -> None:
+        # The space of a stuck removal is never reported free: its old record may still stand.
+        self._ended(len(failed) + len(kept) + len(drops) + len(corrupt) + stuck)
+        if failed:
+            self._reports.writes_done(failed, ok=False)
+        if kept:
+            self._reports.writes_done(kept, ok=True)
+        if corrupt:
+            self._reports.writes_corrupt(corrupt)
+        if drops:
+            self._reports.drops_done(drops)
