@@ -28,7 +28,8 @@ def allocate_pages(
             f"{num_pages} KV pages take {format_size(nbytes)}, and {format_size(available)} of "
             "memory are available: lower kv_memory or num_pages"
         )
-    memory = mmap.mmap(-1, nbytes)
+    # Private: shared memory gets huge pages only where the system's administrator says so.
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).zero_().view(shape)
 

@@ -45,13 +45,16 @@ STDERR = 2  # stdout is for the line that says ready
 # Iterations; libgomp's own 300,000 keep the core of a waiting thread from whoever has work, such as
 # the thread that it waits for: docs/decisions/0001-openmp-spinning.md has the figures.
 OPENMP_SPINS = "10000"
+# Weights and activations in huge pages: docs/decisions/0004-engine-in-huge-pages.md.
+ALLOCATOR_SETTINGS = "glibc.malloc.hugetlb=1"
 
 
 def _engine_environment() -> dict[str, str]:
-    """The environment of the engine process; what the user set for OpenMP stays."""
+    """The environment of the engine process; what the user set for it stays."""
     environment = dict(os.environ)
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", OPENMP_SPINS)
+    environment.setdefault("GLIBC_TUNABLES", ALLOCATOR_SETTINGS)
     return environment
 
 
