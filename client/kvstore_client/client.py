@@ -206,18 +206,27 @@ class AsyncClient:
             settled=True,
             engine_id=self.engine_id,
         )
-        self._session = Session(self.address, self._lost)
-        self.welcome = await self._session.open(hello, self.timeout_s)
+        session = Session(self.address, self._lost)
+        welcome = await session.open(hello, self.timeout_s)
+        known = mapping = self._mapping
         try:
-            if self._mapping is None or self._mapping.instance != self.welcome.instance:
-                if self._mapping is not None:
-                    self._mapping.close()
-                self._mapping = Mapping(self.welcome, populate=self._populate)
-            for namespace in self._namespaces.values():
-                await namespace.open()
+            if mapping is None or mapping.instance != welcome.instance:
+                mapping = Mapping(welcome, populate=self._populate)
+            namespaces = list(self._namespaces.values())
+            opened = [await namespace.ask(session) for namespace in namespaces]
         except BaseException:
-            await self._session.close()
+            await session.close()
+            if mapping is not None and mapping is not known:
+                mapping.close()
             raise
+        # All at once, the session last: until then the lost one refuses every call, so that none
+        # goes to the new node with the memory or the namespaces of the old one.
+        self._mapping, self.welcome = mapping, welcome
+        for namespace, answer in zip(namespaces, opened, strict=True):
+            namespace.take(answer)
+        self._session = session
+        if known is not None and known is not mapping:
+            known.close()
 
     def _lost(self, cause: KVStoreError) -> None:
         if self._closing or self._session is None:

@@ -119,6 +119,8 @@ class Lease:
         Blocks in the range that have not come are given up, and those behind it still come.
         """
         end = self.count if count == 0 else first + count
+        if not self.count:
+            self._close()
         if self._closed is None or first >= end:
             return
         release = node_pb2.Release(acquire_id=self.id, first=first, count=end - first)

@@ -24,6 +24,7 @@ from kvstore_client.writing import Shard, Write
 
 if TYPE_CHECKING:
     from kvstore_client.client import AsyncClient
+    from kvstore_client.session import Session
 
 _HBM_KEYS_MAX = 8192  # in one message
 
@@ -52,13 +53,20 @@ class Namespace:
         return self._client.copy_turn
 
     async def open(self) -> None:
-        """Asks the node for the id and the root; the client does it for every new session."""
+        """Asks the node for the id and the root."""
+        self.take(await self.ask(self._client.session))
+
+    async def ask(self, session: Session) -> node_pb2.NamespaceOpened:
+        """What the node at the other end of ``session`` knows it as; the client asks for every
+        new session, before that is anybody's.
+        """
         opening = node_pb2.OpenNamespace(spec=spec_message(self.spec), tenant=self.tenant)
-        opened = (
-            await self._client.session.call(
-                node_pb2.SessionRequest(open_namespace=opening), self._client.timeout_s
-            )
-        ).namespace_opened
+        request = node_pb2.SessionRequest(open_namespace=opening)
+        answer = await session.call(request, self._client.timeout_s)
+        return answer.namespace_opened
+
+    def take(self, opened: node_pb2.NamespaceOpened) -> None:
+        """From now on it is this one."""
         self.id, self.root = opened.namespace_id, opened.root
 
     def keys(

@@ -1,4 +1,5 @@
 import asyncio
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from kvstore.errors import UnavailableError
 from kvstore_client import AckLevel, AsyncClient, CacheSpec, EndReason, Namespace, Tier
+from kvstore_client.session import Session
 from kvstore_proto import common_pb2, node_pb2
 
 from tests.node.rig import Daemon
@@ -152,6 +154,63 @@ async def test_I4_views_outlive_a_killed_node(daemon: Daemon, spec: CacheSpec) -
         out[:] = 0
         assert (await ns.get(keys, out)).count == 16
         assert np.array_equal(out, data)
+        await client.close()
+    finally:
+        again.kill()
+
+
+async def test_I1_no_call_comes_between_the_old_memory_and_the_new_session(
+    daemon: Daemon, spec: CacheSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = asyncio.Event()
+    client = await AsyncClient.connect(daemon.address, timeout_s=5, on_lost=lambda _: lost.set())
+    ns, keys = await opened(client, spec)
+    await ns.put(keys, data_of(16))
+    daemon.kill()
+    await asyncio.wait_for(lost.wait(), 5)
+    again = Daemon(daemon.folder)
+    try:
+        again.wait_ready()
+        ask, asked = ns.ask, []
+
+        async def ask_and_try(session: Session) -> node_pb2.NamespaceOpened:
+            answer = await ask(session)
+            asked.append(session.lost)
+            assert client.closed
+            for call in (ns.get(keys, np.zeros(16 * BLOCK, np.uint8)), ns.put(keys, data_of(16))):
+                with pytest.raises(UnavailableError):
+                    await call
+            return answer
+
+        monkeypatch.setattr(ns, "ask", ask_and_try)
+        await client.reconnect()
+        assert asked == [None]
+        data = data_of(16)[::-1].copy()
+        others = ns.keys(np.arange(16 * spec.block_tokens, dtype=np.uint32) + 7)
+        assert (await ns.put(others, data)).stored == 16
+        out = np.zeros_like(data)
+        assert (await ns.get(others, out)).count == 16
+        assert np.array_equal(out, data)
+        await client.close()
+    finally:
+        again.kill()
+
+
+async def test_a_lease_of_nothing_does_not_keep_a_client_from_reconnecting(
+    daemon: Daemon, spec: CacheSpec
+) -> None:
+    lost = asyncio.Event()
+    client = await AsyncClient.connect(daemon.address, on_lost=lambda _: lost.set())
+    ns, _ = await opened(client, spec)
+    daemon.process.send_signal(signal.SIGSTOP)
+    lease = await ns.acquire([])
+    daemon.kill()
+    await asyncio.wait_for(lost.wait(), 5)
+    lease.release()
+    again = Daemon(daemon.folder)
+    try:
+        again.wait_ready()
+        await client.reconnect()
         await client.close()
     finally:
         again.kill()
