@@ -5,10 +5,10 @@ import hashlib
 import pytest
 from kvstore.core.eviction import base
 from kvstore.core.forest import Ints, Mask, Rows, closed_under_children
-from kvstore.core.tiering import FREE_AHEAD_SHARE, Tiering
+from kvstore.core.tiering import Tiering
 from kvstore.core.types import ReserveStatus
 
-from tests.store.rig import Rig, chain
+from tests.store.rig import Rig
 
 PUT = 64
 
@@ -74,19 +74,3 @@ def test_a_put_at_full_tiers_costs_what_it_stores(
     assert work.choices <= 8 * reports
     assert work.seen <= 3 * reports * dram
     rig.check()
-
-
-def test_writes_at_a_full_ssd_find_space_that_earlier_ones_made_for_them() -> None:
-    rig = Rig(dram_blocks=256, ssd_blocks=256)
-    rig.open()
-    for number in range(8):
-        rig.put(chain(f"old{number}", 32))
-        rig.settle()
-    free = 256 - len(rig.disk.index)
-    assert free == 256 // FREE_AHEAD_SHARE
-    rig.put(chain("new", free))
-    assert len(rig.disk.writes) == free  # at once, before any removal has ended
-    assert len(rig.disk.drops) == free
-    rig.settle()
-    rig.core.check_integrity()
-    assert 256 - len(rig.disk.index) == free

@@ -88,7 +88,8 @@ class Demotion:
         if not (blocks.ssd and len(rows)):
             return len(rows), rows[:0]
         slot_bytes = int(blocks.slot_bytes[blocks.table.namespace[rows[0]]])
-        free = max(0, blocks.ssd.room(slot_bytes) + blocks.drops_out - len(self.queue))
+        room = blocks.ssd.room(slot_bytes) + blocks.drops_out - self.tiering.ahead(slot_bytes)
+        free = max(0, room - len(self.queue))
         if free >= len(rows):
             return len(rows), rows[:0]
         return free, blocks.ssd_policy.select(len(rows) - free, self.tiering.may_leave_ssd)

@@ -99,6 +99,12 @@ class SlotSpace:
         span = self._span_segments(slot_bytes)
         return (self.segments // span) * (span * self.segment_bytes // slot_bytes) if span else 0
 
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes of free slots, whatever their size, and of segments that nobody owns."""
+        slots = sum(cls.slot_bytes * cls.free_count for cls in self._classes.values())
+        return slots + int((self._owner < 0).sum()) * self.segment_bytes
+
     def room(self, slot_bytes: int) -> int:
         """How many slots of this size can be had without taking any from others."""
         cls = self._class(slot_bytes)

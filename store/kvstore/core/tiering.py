@@ -188,23 +188,38 @@ class Tiering:
         may &= self.blocks.table.dram_state[rows] == DramState.NONE
         return may
 
-    def allocate_ssd(self, slot_bytes: int, count: int) -> Offsets:
+    def allocate_ssd(self, slot_bytes: int, count: int, keep: Rows) -> Offsets:
         """Free slots; what is missing is evicted, and there once the removals are durable.
 
         In a large tier so is the space of the writes to come, so that they need not wait for that.
+        ``keep`` are rows that stay: those that the writes continue.
         """
         blocks = self.blocks
         assert blocks.ssd is not None
         offsets = blocks.ssd.allocate(slot_bytes, count)[0]
-        ahead = min(
+        missing = count - len(offsets) - blocks.drops_out
+
+        def may_leave(rows: Rows) -> Mask:
+            may: Mask = self.may_leave_ssd(rows) & ~np.isin(rows, keep)
+            return may
+
+        if missing > 0:
+            self.evict_ssd(blocks.ssd_policy.select(missing, may_leave))
+        # Bytes of whatever class: by the slot, large blocks would go for as many small ones, and a
+        # class of few blocks would take the space from itself alone.
+        short = self.ahead(slot_bytes) * slot_bytes
+        short -= blocks.ssd.spare_bytes + blocks.ssd.quarantined_bytes
+        if short > 0:
+            victims = blocks.ssd_policy.select(-(-short // slot_bytes), may_leave)
+            sizes = np.cumsum(blocks.slot_bytes[blocks.table.namespace[victims]])
+            self.evict_ssd(victims[: int(np.searchsorted(sizes, short)) + 1])
+        return offsets
+
+    def ahead(self, slot_bytes: int) -> int:
+        """Slots of a large tier that are kept free for writes to come."""
+        blocks = self.blocks
+        assert blocks.ssd is not None
+        return min(
             blocks.config.writes_in_flight_bytes_max // slot_bytes,
             blocks.ssd.slots_max(slot_bytes) // FREE_AHEAD_SHARE,
         )
-        missing = count - len(offsets) - blocks.drops_out
-        if ahead:
-            missing += ahead - blocks.ssd.room(slot_bytes)
-        if missing > 0:
-            victims = blocks.ssd_policy.select(missing, self.may_leave_ssd)
-            if len(victims):
-                self.evict_ssd(victims)
-        return offsets

@@ -65,7 +65,8 @@ class Transfers:
                 self._dirty.extendleft(reversed(chained.tolist()))
                 continue
             slot_bytes = int(blocks.slot_bytes[blocks.table.namespace[rows[0]]])
-            offsets = self.tiering.allocate_ssd(slot_bytes, len(rows))
+            before = blocks.table.parent[rows].astype(np.int64)
+            offsets = self.tiering.allocate_ssd(slot_bytes, len(rows), keep=before)
             self._start_writes(rows[: len(offsets)], offsets)
             rest = rows[len(offsets) :]
             if not len(rest):
