@@ -325,6 +325,60 @@ async def test_I2_a_group_waits_for_the_one_before_it(
     assert rig.reports.kept == ops
 
 
+def fail_at(monkeypatch: pytest.MonkeyPatch, file: SsdFile, name: str, bad: int) -> None:
+    """Has every request that touches byte ``bad`` end with EIO."""
+    real = getattr(file, name)
+
+    def guarded(buffers: Sequence[memoryview], offset: int) -> None:
+        if offset <= bad < offset + sum(len(buffer) for buffer in buffers):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(buffers, offset)
+
+    monkeypatch.setattr(file, name, guarded)
+
+
+async def test_I3_a_bad_sector_costs_no_neighbour_that_is_read_with_it(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = [rig.write(row, os.urandom(PAGE), row * PAGE) for row in range(8)]
+    rig.tier.submit_writes(ops)
+    await rig.drain()
+    fail_at(monkeypatch, rig.file, "read", 3 * PAGE + 5)
+    rig.tier.submit_reads([rig.read(op) for op in ops])
+    await rig.drain()
+    outcomes = [rig.reports.reads[row] for row in range(8)]
+    assert outcomes == [IoOutcome.OK] * 3 + [IoOutcome.FAILED] + [IoOutcome.OK] * 4
+
+
+async def test_I3_a_bad_sector_costs_no_neighbour_that_is_written_with_it(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, rig.file, "write", 3 * PAGE + 5)
+    ops = [rig.write(row, os.urandom(PAGE), row * PAGE) for row in range(8)]
+    rig.tier.submit_writes(ops)
+    await rig.drain()
+    assert [op.row for op in rig.reports.failed] == [3]
+    assert sorted(rig.index.entries()[0]) == sorted(op.key for op in ops if op.row != 3)
+
+
+async def test_drain_waits_for_what_follows_from_a_report(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = [rig.write(row, os.urandom(PAGE), row * PAGE) for row in range(8)]
+    due = ops[1:]
+    real = rig.reports.writes_done
+
+    def writes_done(done: Sequence[WriteSsd], ok: bool) -> None:
+        real(done, ok)
+        if due:
+            rig.tier.submit_writes([due.pop(0)])
+
+    monkeypatch.setattr(rig.reports, "writes_done", writes_done)
+    rig.tier.submit_writes(ops[:1])
+    await rig.drain()
+    assert rig.reports.kept == ops
+
+
 async def test_close_ends_with_work_queued(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     for row in range(8):

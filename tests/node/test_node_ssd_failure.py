@@ -109,7 +109,7 @@ async def test_one_write_that_fails_is_tried_again_elsewhere(
     await node.start()
     session = await RawSession.open(node.address)
     for number in range(3):
-        arm(f"ssd.data:{code}@1")
+        arm(f"ssd.data:{code}@1,ssd.data:{code}@2")  # the run, and then a block of it alone
         keys = keys_of(8, number)
         assert await session.put(keys, level=SYNCED) == bytes([SYNCED] * 8)
     assert node.node.core.counters["ssd_write_errors"] >= 3

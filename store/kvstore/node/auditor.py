@@ -1,7 +1,6 @@
 """Looks at the accounts of an idle node now and then, and counts promises that are broken."""
 
 import asyncio
-import contextlib
 import logging
 
 from kvstore.core.node_core import NodeCore
@@ -29,14 +28,16 @@ class Auditor:
         """Ends."""
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(EVERY_S)
             if self._core.idle():
-                self.check()
+                try:
+                    self.check()
+                except Exception:  # a bug; what it should have found may show yet
+                    log.exception("an audit failed")
 
     def check(self) -> None:
         """One audit."""

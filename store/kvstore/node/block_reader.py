@@ -70,8 +70,8 @@ class BlockReader:
 
     def _read(self, offset: int, nbytes: int) -> None:
         if len(self._buffer) < nbytes:
-            self._buffer.close()
-            self._buffer = mmap.mmap(-1, nbytes)
+            buffer, self._buffer = self._buffer, mmap.mmap(-1, nbytes)
+            buffer.close()
         faultpoint("ssd.check")
         if not self._direct:  # the medium is to be proven, not the page cache
             os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)

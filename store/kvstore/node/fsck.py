@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import lmdb
 from google.protobuf.message import DecodeError
 from kvstore_proto import master_pb2
 
@@ -18,7 +19,7 @@ from kvstore.node.block_reader import BlockReader, runs_of
 from kvstore.node.dir_lock import DirectoryInUseError, DirectoryLock
 from kvstore.node.index_rebuild import rebuild_index
 from kvstore.node.ssd_file import DATA_NAME
-from kvstore.node.ssd_index import INDEX_NAME, SsdIndex
+from kvstore.node.ssd_index import INDEX_NAME, SsdIndex, refused
 
 READ_BYTES = 8 << 20
 DROPS_PER_COMMIT = 16384
@@ -130,4 +131,8 @@ def _read_all(path: Path, examination: Examination, progress: Progress) -> int:
 def _drop(index: SsdIndex, findings: Sequence[Finding]) -> None:
     """Removes the records; killed halfway, a next run removes the rest."""
     for first in range(0, len(findings), DROPS_PER_COMMIT):
-        index.apply((finding.key, None) for finding in findings[first : first + DROPS_PER_COMMIT])
+        some = findings[first : first + DROPS_PER_COMMIT]
+        try:
+            index.apply((finding.key, None) for finding in some)
+        except lmdb.Error as error:
+            raise refused(index.path, error) from None

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 BACKOFF_MIN_S = 0.2
 BACKOFF_MAX_S = 2.0
+HEARTBEAT_MIN_S = 0.1  # whatever a master asks for
 BATCH_S = 0.02  # changes that come together are told together
 PACE_S = 0.5  # from one batch of changes to the next
 CHANNEL_OPTIONS = (
@@ -99,6 +100,9 @@ class MasterLink:
                 TimeoutError,
             ) as error:
                 reason = _reason(error)
+            except Exception as error:  # such as a message that is none, or a bug
+                log.exception("the session with master %s failed", self._address)
+                reason = _reason(error)
             if self.connected or not away:
                 log.warning("master %s is away, working alone: %s", self._address, reason)
             backoff_s = BACKOFF_MIN_S if self.connected else min(2 * backoff_s, BACKOFF_MAX_S)
@@ -116,9 +120,10 @@ class MasterLink:
                 raise PreconditionError("it did not answer with a welcome")
             self._reports.welcomed(first.welcome)
             epoch = first.welcome.cluster_epoch
+            heartbeat_s = max(HEARTBEAT_MIN_S, first.welcome.heartbeat_ms / 1000)
             log.info("master %s is here, cluster epoch %d", self._address, epoch)
             tasks = [
-                asyncio.create_task(self._send_all(stream, first.welcome.heartbeat_ms / 1000)),
+                asyncio.create_task(self._send_all(stream, heartbeat_s)),
                 asyncio.create_task(self._obey(stream)),
             ]
             try:

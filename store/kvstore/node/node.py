@@ -190,16 +190,18 @@ class Node:
 
     async def close(self) -> None:
         """Finishes SSD writes, tells readers of the directory, and removes the pool's files."""
-        await self.link.stop()
-        await self.auditor.stop()
-        if self.scrubber is not None:
-            await self.scrubber.stop()
-        if self.driver.ssd is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(DRAIN_TIMEOUT_S):
-                    await self.driver.ssd.drain()
-        self.directory.close_directory()
-        self._resources.close()
+        try:
+            await self.link.stop()
+            await self.auditor.stop()
+            if self.scrubber is not None:
+                await self.scrubber.stop()
+            if self.driver.ssd is not None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                        await self.driver.ssd.drain()
+            self.directory.close_directory()
+        finally:
+            self._resources.close()
 
     def welcome(self) -> node_pb2.Welcome:
         """What a client needs to know of this node."""

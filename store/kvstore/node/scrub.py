@@ -45,8 +45,7 @@ class Scrubber:
         """Ends after the piece in hand."""
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.gather(self._task, return_exceptions=True)
 
     def close(self) -> None:
         """Frees what it holds, once stopped."""
@@ -57,7 +56,10 @@ class Scrubber:
         await asyncio.sleep(START_AFTER_S)
         while True:
             started = time.monotonic()
-            await self.scrub_all()
+            try:
+                await self.scrub_all()
+            except Exception:  # a bug; the next pass may fare better
+                log.exception("a pass of the scrubber failed")
             await asyncio.sleep(max(0.0, started + PASS_EVERY_S - time.monotonic()))
 
     async def scrub_all(self) -> None:

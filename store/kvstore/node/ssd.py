@@ -144,7 +144,14 @@ class SsdTier:
                 self.file.read(slots, run[0].ssd_offset)
             done = [(op, self._verified(op)) for op in run]
         except OSError as error:
+            if len(run) > 1:  # the others of the run may be sound
+                for op in run:
+                    self._read_run([op])
+                return
             log.error("SSD read at byte %d failed: %s", run[0].ssd_offset, error)
+            done = [(run[0], IoOutcome.FAILED)]
+        except Exception:  # a bug; who waits for the blocks would wait for ever
+            log.exception("a run of reads failed")
             done = [(op, IoOutcome.FAILED) for op in run]
         with self._inbox_lock:
             self._read += done
@@ -182,5 +189,7 @@ class SsdTier:
         if not done:
             return  # reported already
         self._reads_due = self._loop.time() + REPORT_PAUSE_S
-        self._finished(len(done))
-        self._reports.reads_done(done)
+        try:
+            self._reports.reads_done(done)
+        finally:  # what follows from the report is outstanding by now
+            self._finished(len(done))

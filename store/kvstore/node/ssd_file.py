@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvstore.core.spec import SLOT_ALIGN_BYTES
+from kvstore.durable import sync_directory
 from kvstore.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class SsdFile:
             os.ftruncate(self._descriptor, self.capacity_bytes)
         os.posix_fallocate(self._descriptor, 0, self.capacity_bytes)
         os.fsync(self._descriptor)
+        sync_directory(self.path.parent)
 
     def probe(self, page: memoryview) -> None:
         """Reads one page into pool memory, and falls back if that cannot be done directly."""

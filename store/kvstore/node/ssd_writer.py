@@ -64,7 +64,7 @@ class SsdWriter:
     """Carries out changes of the SSD tier; ``submit_*`` may be called from one thread only.
 
     ``post`` has a call made on the event loop. ``ended`` hears there how many requests have ended,
-    before their reports.
+    after their reports.
     """
 
     def __init__(
@@ -157,6 +157,10 @@ class SsdWriter:
         while not ended:
             ended = self._wait_for_work(drops)
             groups = list(self._groups_written())
+            # Until nothing waits: removals that came before a group are committed with it.
+            while not (ended or self._ready.empty()):
+                ended = self._wait_for_work(drops)
+                groups += self._groups_written()
             if not groups and not (drops and (ended or not self._begun)):
                 continue
             writes = [op for group in groups for op in group.writes]
@@ -266,8 +270,10 @@ class SsdWriter:
             with self._may_write:
                 self.file.write(slots, run[0].ssd_offset)
         except OSError as error:
+            if len(run) > 1:  # the others of the run may find sound places
+                return {place: why for op in run for place, why in self._written([op]).items()}
             log.error("SSD write at byte %d failed: %s", run[0].ssd_offset, error)
-            return {id(op): IoOutcome.FAILED for op in run}
+            return {id(run[0]): IoOutcome.FAILED}
         return bad
 
     def _proven(self, op: WriteSsd) -> bool:
@@ -295,13 +301,15 @@ class SsdWriter:
         corrupt: Sequence[WriteSsd] = (),
         stuck: int = 0,
     ) -> None:
-        # The space of a stuck removal is never reported free: its old record may still stand.
-        self._ended(len(failed) + len(kept) + len(drops) + len(corrupt) + stuck)
-        if failed:
-            self._reports.writes_done(failed, ok=False)
-        if kept:
-            self._reports.writes_done(kept, ok=True)
-        if corrupt:
-            self._reports.writes_corrupt(corrupt)
-        if drops:
-            self._reports.drops_done(drops)
+        try:
+            if failed:
+                self._reports.writes_done(failed, ok=False)
+            if kept:
+                self._reports.writes_done(kept, ok=True)
+            if corrupt:
+                self._reports.writes_corrupt(corrupt)
+            if drops:
+                self._reports.drops_done(drops)
+        finally:  # what follows from the reports is outstanding by now
+            # The space of a stuck removal is never reported free: its old record may still stand.
+            self._ended(len(failed) + len(kept) + len(drops) + len(corrupt) + stuck)
