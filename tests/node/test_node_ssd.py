@@ -36,6 +36,7 @@ class Reports:
         self.failed: list[WriteSsd] = []
         self.corrupt: list[WriteSsd] = []
         self.dropped: list[DropSsd] = []
+        self.stuck: list[DropSsd] = []
 
     def reads_done(self, done: Sequence[tuple[ReadSsd, IoOutcome]]) -> None:
         self.reads |= {op.row: outcome for op, outcome in done}
@@ -47,8 +48,8 @@ class Reports:
     def writes_corrupt(self, done: Sequence[WriteSsd]) -> None:
         self.corrupt.extend(done)
 
-    def drops_done(self, done: Sequence[DropSsd]) -> None:
-        self.dropped.extend(done)
+    def drops_done(self, done: Sequence[DropSsd], *, ok: bool) -> None:
+        (self.dropped if ok else self.stuck).extend(done)
 
 
 class Rig:
@@ -229,6 +230,7 @@ async def test_I3_failed_index_commit_acknowledges_nothing(rig: Rig) -> None:
     await rig.drain()
     assert [op.row for op in rig.reports.failed] == [1]
     assert rig.reports.dropped == []
+    assert [op.row for op in rig.reports.stuck] == [0]
     assert "index commit" in rig.tier.failed
     assert decode_many(*rig.index.entries())[0] == [first.record]
 

@@ -15,6 +15,7 @@ from kvstore.node.daemon import SSD_SERVICE_NAME
 from kvstore.node.metrics import node_registry
 
 from tests.node.rig import (
+    BLOCK_BYTES,
     MEMORY,
     SYNCED,
     TIMEOUT_S,
@@ -117,6 +118,22 @@ async def test_one_write_that_fails_is_tried_again_elsewhere(
     forget_dram(node)
     assert (await session.check(keys)).granted == 8
     await node.idle()
+    await session.goodbye()
+
+
+async def test_I3_without_an_index_a_full_node_goes_on_in_dram(make_node: MakeNode) -> None:
+    node = make_node(ssd=15 * BLOCK_BYTES)  # too small for space to be freed ahead
+    await node.start()
+    session = await RawSession.open(node.address)
+    assert await session.put(keys_of(15), level=SYNCED) == bytes([SYNCED] * 15)
+    arm("ssd.index:eio")
+    for number in range(2, 5):
+        keys = keys_of(8, number)
+        assert await session.put(keys, level=SYNCED) == bytes([MEMORY] * 8)
+    for number in range(5, 13):  # more than DRAM has
+        keys = keys_of(32, number)
+        assert await session.put(keys) == bytes([MEMORY] * 32)
+        assert (await session.check(keys)).granted == 32
     await session.goodbye()
 
 

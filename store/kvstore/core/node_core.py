@@ -295,9 +295,9 @@ class NodeCore:
         """The removal is durable: the SSD slot is free."""
         return self.drops_done([op], now)
 
-    def drops_done(self, ops: Sequence[DropSsd], now: float) -> Effects:
-        """Several removals are durable."""
-        self._transfers.drops_done(ops)
+    def drops_done(self, ops: Sequence[DropSsd], now: float, *, ok: bool = True) -> Effects:
+        """Several removals are durable; or, not ``ok``, never will be."""
+        self._transfers.drops_done(ops, ok=ok)
         return self._finish(now)
 
     def scrub_next(self, first_row: int, bytes_max: int) -> tuple[list[ScrubSsd], int]:

@@ -233,12 +233,18 @@ class Transfers:
         blocks.count("ssd_read_errors", int((outcomes == IoOutcome.FAILED).sum()))
         self.tiering.release_dead(rows[~loading])
 
-    def drops_done(self, ops: Sequence[DropSsd]) -> None:
-        """The index no longer names these slots: they are free."""
+    def drops_done(self, ops: Sequence[DropSsd], *, ok: bool) -> None:
+        """The index no longer names these slots: they are free.
+
+        Not ``ok``: their old records may still stand, so they never are, and nobody waits for them.
+        """
         blocks, table = self.blocks, self.blocks.table
         # Row -1 stands for a record that the restore refused.
         rows = np.array([op.row for op in ops if op.row >= 0], dtype=np.int64)
         if not len(rows):
+            return
+        if not ok:
+            blocks.drops_out -= len(rows)
             return
         unasked = rows[table.ssd_state[rows] != SsdState.DROPPING]
         if len(unasked):

@@ -83,6 +83,6 @@ class Driver:
         """What was to be written is not what was committed."""
         self.apply(self.core.writes_corrupt(done, self.now()))
 
-    def drops_done(self, done: Sequence[DropSsd]) -> None:
+    def drops_done(self, done: Sequence[DropSsd], *, ok: bool) -> None:
         """Removals are durable: their space is free."""
-        self.apply(self.core.drops_done(done, self.now()))
+        self.apply(self.core.drops_done(done, self.now(), ok=ok))

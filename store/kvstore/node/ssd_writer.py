@@ -47,8 +47,8 @@ class ChangeReports(Protocol):
     def writes_corrupt(self, done: Sequence[WriteSsd]) -> None:
         """Blocks whose bytes were not those that were committed: none of them was kept."""
 
-    def drops_done(self, done: Sequence[DropSsd]) -> None:
-        """Removals that are durable."""
+    def drops_done(self, done: Sequence[DropSsd], *, ok: bool) -> None:
+        """Removals that are durable; or, not ``ok``, never will be."""
 
 
 @dataclass(slots=True, eq=False)
@@ -229,7 +229,7 @@ class SsdWriter:
         self._post(lambda: self._report_group(writes, (), refused))
 
     def _report_lost(self, drops: Sequence[DropSsd], writes: Sequence[WriteSsd]) -> None:
-        self._post(lambda: self._report_group(writes, (), (), stuck=len(drops)))
+        self._post(lambda: self._report_group(writes, (), (), stuck=drops))
 
     def _synced(
         self, writes: Sequence[WriteSsd], bad: dict[int, IoOutcome]
@@ -299,7 +299,7 @@ class SsdWriter:
         kept: Sequence[WriteSsd],
         drops: Sequence[DropSsd],
         corrupt: Sequence[WriteSsd] = (),
-        stuck: int = 0,
+        stuck: Sequence[DropSsd] = (),
     ) -> None:
         try:
             if failed:
@@ -309,7 +309,8 @@ class SsdWriter:
             if corrupt:
                 self._reports.writes_corrupt(corrupt)
             if drops:
-                self._reports.drops_done(drops)
+                self._reports.drops_done(drops, ok=True)
+            if stuck:
+                self._reports.drops_done(stuck, ok=False)
         finally:  # what follows from the reports is outstanding by now
-            # The space of a stuck removal is never reported free: its old record may still stand.
-            self._ended(len(failed) + len(kept) + len(drops) + len(corrupt) + stuck)
+            self._ended(sum(map(len, (failed, kept, drops, corrupt, stuck))))
