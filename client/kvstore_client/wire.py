@@ -6,13 +6,14 @@ from dataclasses import asdict
 import grpc
 from kvstore.core.keys import KEY_BYTES
 from kvstore.core.spec import CacheSpec
-from kvstore.errors import InvalidArgumentError, KVStoreError, error_from_code
+from kvstore.errors import InvalidArgumentError, KVStoreError, UnavailableError, error_from_code
 from kvstore_proto import common_pb2
 
 PROTOCOL_VERSION = 1
 KEYS_MAX = 1 << 16  # in one request
 MESSAGE_BYTES_MAX = 64 << 20
 _MARGIN_S_MAX = 0.1
+_BROKEN_CALL = "Internal error from Core"  # what grpc.aio says of a call whose connection broke
 
 Keys = Sequence[bytes] | bytes
 
@@ -50,5 +51,7 @@ def wait_ms(timeout_s: float) -> int:
 
 def error_of_call(error: grpc.aio.AioRpcError) -> KVStoreError:
     """The typed error for the status that ended a call."""
+    if error.code() is grpc.StatusCode.INTERNAL and error.details() == _BROKEN_CALL:
+        return UnavailableError("the connection broke")
     code: int = error.code().value[0]
     return error_from_code(code, error.details() or error.code().name)
