@@ -112,7 +112,7 @@ class Lives:
         assert "Traceback" not in errors, (command, errors)
         said = told(life.stdout.decode())
         if life.returncode == REFUSED:
-            assert errors.startswith("refused: "), (command, errors)
+            assert errors.splitlines()[-1].startswith("refused: "), (command, errors)
             self.refused += 1
         elif life.returncode == CLEAN:
             assert said.ended, (command, errors)

@@ -5,6 +5,7 @@ no room either, the put is refused.
 """
 
 import asyncio
+import contextlib
 import os
 import random
 import subprocess
@@ -68,7 +69,8 @@ class Fills:
         acked = acked[-KEPT_MAX:]
         room = os.statvfs(self.disk)
         filler = self.disk / "filler"
-        filler.write_bytes(bytes(room.f_bavail * room.f_frsize))
+        with contextlib.suppress(OSError):  # the index may take some of the room first
+            filler.write_bytes(bytes(room.f_bavail * room.f_frsize))
         for _ in range(ROUNDS_MAX):  # the index has free pages of its own
             if any(not reached(outcome, AckLevel.SYNCED) for outcome in await self._put()):
                 break

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,6 +50,15 @@ class Welcome:
     pool: "np.ndarray[Any, np.dtype[np.uint8]]"
     directory: DirectoryReader
     namespaces: dict[tuple[str, CacheSpec], Namespace]
+
+
+@dataclass
+class Commit:
+    """What is to be acknowledged, and which keys of it have become durable since."""
+
+    namespace: Namespace
+    keys: list[bytes]
+    durable: set[bytes] = field(default_factory=set)
 
 
 @dataclass(eq=False)
@@ -113,9 +122,8 @@ class Node:
             self.core, quarantine_s=QUARANTINE_S, sessions_max=16
         )
         self.by_stream: dict[Stream, NodeSession | None] = {}
-        self.commits: dict[tuple[int, int], tuple[Namespace, list[bytes]]] = {}
+        self.commits: dict[tuple[int, int], Commit] = {}  # not acknowledged yet
         self.told: set[Place] = set()
-        self.was_durable: set[tuple[bytes, bytes]] = set()  # since its commit
         self.scrub_row = 0
         self._listeners: dict[int, Callable[[int, Body], None]] = {}
         self._tick_at: float | None = None
@@ -207,21 +215,23 @@ class Node:
                 if tier == Tier.SSD:
                     good = self._is_durable(root, place[2])
                     must(good, "I3", f"{place[2].hex()[:16]} is called durable and is not")
-                    self.was_durable.add((root, place[2]))
+                    for commit in self.commits.values():
+                        if commit.namespace.root == root:
+                            commit.durable.add(place[2])
             else:
                 self.told.discard(place)
                 if tier == Tier.SSD:
                     synced.discard((root, place[2]))
 
     def _acknowledged(self, session_id: int, request_id: int, levels: bytes) -> None:
-        namespace, keys = self.commits.pop((session_id, request_id))
-        oracle = self.cluster.oracle
-        for key, level in zip(keys, levels, strict=True):
+        commit = self.commits.pop((session_id, request_id))
+        namespace, oracle = commit.namespace, self.cluster.oracle
+        for key, level in zip(commit.keys, levels, strict=True):
             if level >= AckLevel.PERSISTED:
                 oracle.acked += 1
-                # Other keys of the same commit may have come later: it can be gone again.
-                good = (namespace.root, key) in self.was_durable
-                must(good, "I3", f"{key.hex()[:16]} acknowledged before it was durable")
+                # Other keys of the commit may have come later: it can be gone by now.
+                early = f"{key.hex()[:16]} acknowledged before it was durable"
+                must(key in commit.durable, "I3", early)
                 if (int(Tier.SSD), namespace.root, key) in self.told:
                     oracle.synced[self.node_id].add((namespace.root, key))
 
@@ -304,8 +314,7 @@ class Node:
     def _request(self, session: NodeSession, kind: str, request: int, *rest: Any) -> None:
         if kind == "commit":
             reserve, indices, sums, level, namespace, keys = rest
-            self.commits[session.id, request] = (namespace, keys)
-            self.was_durable.difference_update((namespace.root, key) for key in keys)
+            self.commits[session.id, request] = Commit(namespace, keys)
             effects = self.core.commit(
                 session.id, request, reserve, indices, sums, level, self.world.now
             )
