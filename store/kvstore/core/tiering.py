@@ -217,9 +217,10 @@ class Tiering:
 
     def ahead(self, slot_bytes: int) -> int:
         """Slots of a large tier that are kept free for writes to come."""
-        blocks = self.blocks
+        blocks, config = self.blocks, self.blocks.config
         assert blocks.ssd is not None
         return min(
-            blocks.config.writes_in_flight_bytes_max // slot_bytes,
+            config.writes_in_flight_bytes_max // slot_bytes,
+            2 * config.writes_in_flight_max,
             blocks.ssd.slots_max(slot_bytes) // FREE_AHEAD_SHARE,
         )
