@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from kvstore_proto import node_pb2
 from tests.sim.disk import Device, Medium
 from tests.sim.master_session import MasterSession
 from tests.sim.network import Stream
-from tests.sim.oracle import Broken, must
+from tests.sim.oracle import Broken, Commit, must
 from tests.sim.scenery import LARGE, SMALL, TENANTS
 
 if TYPE_CHECKING:
@@ -50,15 +50,6 @@ class Welcome:
     pool: "np.ndarray[Any, np.dtype[np.uint8]]"
     directory: DirectoryReader
     namespaces: dict[tuple[str, CacheSpec], Namespace]
-
-
-@dataclass
-class Commit:
-    """What is to be acknowledged, and which keys of it have become durable since."""
-
-    namespace: Namespace
-    keys: list[bytes]
-    durable: set[bytes] = field(default_factory=set)
 
 
 @dataclass(eq=False)

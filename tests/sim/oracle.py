@@ -3,6 +3,8 @@
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from kvstore.core.types import Namespace
+
 from tests.faults.content import content
 
 HELD_BY_ONE = "write"
@@ -30,6 +32,15 @@ class Hold:
     client: str
     kind: str  # HELD_BY_ONE or SHARED
     safe: bool = True  # the session lives, or the node must wait for the process
+
+
+@dataclass
+class Commit:
+    """What is to be acknowledged, and which keys of it have become durable since."""
+
+    namespace: Namespace
+    keys: list[bytes]
+    durable: set[bytes] = field(default_factory=set)
 
 
 @dataclass
