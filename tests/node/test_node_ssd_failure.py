@@ -132,7 +132,8 @@ async def test_I3_without_an_index_a_full_node_goes_on_in_dram(make_node: MakeNo
         assert await session.put(keys, level=SYNCED) == bytes([MEMORY] * 8)
     for number in range(5, 13):  # more than DRAM has
         keys = keys_of(32, number)
-        assert await session.put(keys) == bytes([MEMORY] * 32)
+        # Writes that are about to fail hold their blocks for a moment.
+        assert await session.put(keys, timeout_ms=5000) == bytes([MEMORY] * 32)
         assert (await session.check(keys)).granted == 32
     await session.goodbye()
 
