@@ -141,6 +141,8 @@ class Lease:
         """Granted or End."""
         if response.HasField("granted"):
             self._grant(response.granted)
+            if response.granted.HasField("end") and not self.ended:
+                self._end(EndReason(response.granted.end.reason))
         else:
             self._end(EndReason(response.end.reason))
         self._wake()
@@ -152,11 +154,13 @@ class Lease:
         self._wake()
 
     def _grant(self, granted: node_pb2.Granted) -> None:
-        first = self.granted
+        first, whole = self.granted, True
         for run in granted.runs:
             end = run.first + run.count
+            if run.first != self.granted:
+                whole = False  # what was released before it came is passed over
             gap = self._released[self.granted : run.first]
-            if run.first < self.granted or end > self.count or not gap.all():
+            if run.first < self.granted or end > self.count or not (whole or gap.all()):
                 self._fail(f"run {run.first}+{run.count} after block {self.granted}")
                 return
             last = run.offset + (run.count - 1) * run.stride
@@ -166,11 +170,14 @@ class Lease:
             self.offsets[run.first : end] = run.offset + run.stride * np.arange(run.count)
             self.sources[run.first : end] = run.source
             self.granted = end
-        came = np.flatnonzero(self.offsets[first : self.granted] >= 0)
-        if len(granted.generations) != 4 * len(came):
-            self._fail(f"{len(granted.generations)} bytes of generations")
+        came: slice | npt.NDArray[np.int64] = slice(first, self.granted)
+        if not whole:
+            came = first + np.flatnonzero(self.offsets[first : self.granted] >= 0)
+        generations = np.frombuffer(granted.generations, dtype=np.uint8)
+        if len(generations) != self.generations[came].nbytes:
+            self._fail(f"{len(generations)} bytes of generations")
             return
-        self.generations[first + came] = np.frombuffer(granted.generations, dtype="<u4")
+        self.generations[came] = generations.view("<u4")
         self.blocks.grow(self.granted)
         if self.granted == self.count:
             self._end(EndReason.COMPLETE)  # the End that follows says nothing new

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from kvstore.core.blocks import Blocks
 from kvstore.core.effects import Body, End, Granted, Reply
+from kvstore.core.keys import KEY_BYTES
 from kvstore.core.leases import Lease, Session
 from kvstore.core.table import DramState, Mask, Rows, SsdState
 from kvstore.core.tiering import Tiering
@@ -15,6 +16,8 @@ from kvstore.core.types import EndReason, Namespace, SlotRun, Tier
 from kvstore.errors import InvalidArgumentError, ResourceExhaustedError
 
 _LOOK_AHEAD_MIN = 64  # blocks of a lease that are looked at together
+_ONE = np.int32(1)  # of the type of the pins, else ``add.at`` takes twenty times as long
+_TIERS = {int(tier): tier for tier in Tier}
 
 
 def slot_runs(
@@ -24,14 +27,18 @@ def slot_runs(
     stride: int,
 ) -> list[SlotRun]:
     """Slots of keys ``indices`` as few runs as possible."""
-    breaks = (np.diff(offsets) != stride) | (np.diff(indices) != 1) | (np.diff(sources) != 0)
-    starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))[: len(offsets)]
-    counts = np.diff(starts, append=len(offsets))
+    if not len(offsets):
+        return []
+    breaks = (offsets[1:] - offsets[:-1]) != stride
+    breaks |= (indices[1:] - indices[:-1]) != 1
+    breaks |= sources[1:] != sources[:-1]
+    starts = [0, *(np.flatnonzero(breaks) + 1).tolist()]
     return [
-        SlotRun(first, count, offset, stride, Tier(source))
-        for first, count, offset, source in zip(
+        SlotRun(first, end - start, offset, stride, _TIERS[source])
+        for start, end, first, offset, source in zip(
+            starts,
+            [*starts[1:], len(offsets)],
             indices[starts].tolist(),
-            counts.tolist(),
             offsets[starts].tolist(),
             sources[starts].tolist(),
             strict=True,
@@ -67,7 +74,7 @@ class Acquires:
         session: Session,
         request_id: int,
         namespace: Namespace,
-        keys: list[bytes],
+        keys: bytes,
         deadline: float | None,
     ) -> None:
         """``deadline`` None: only what DRAM has now."""
@@ -76,7 +83,7 @@ class Acquires:
         if len(self.waiting) >= self.blocks.config.waiting_max:
             raise ResourceExhaustedError(f"{len(self.waiting)} acquires wait already; try later")
         rows, in_dram = self._leading(namespace, keys, dram_only=deadline is None)
-        behind = keys[len(rows)] if len(rows) < len(keys) else b""
+        behind = keys[KEY_BYTES * len(rows) : KEY_BYTES * (len(rows) + 1)]
         lease = Lease(
             session.id,
             request_id,
@@ -89,14 +96,14 @@ class Acquires:
         session.leases[request_id] = lease
         self.waiting[lease] = session
         self._unread[lease] = None
-        np.add.at(self.blocks.table.pins, rows, 1)
-        self._touch(rows)
+        np.add.at(self.blocks.table.pins, rows, _ONE)
+        self._touch(rows, in_dram)
         self.transfers.demotion.used(rows)
         self.blocks.count("acquires")
-        self.blocks.count("acquired_keys", len(keys))
+        self.blocks.count("acquired_keys", len(keys) // KEY_BYTES)
         self._advance(lease)
 
-    def prefetch(self, namespace: Namespace, keys: list[bytes]) -> int:
+    def prefetch(self, namespace: Namespace, keys: bytes) -> int:
         """Queues loads of leading blocks that are on SSD only; how many.
 
         At most half of what DRAM holds: nothing pins them, and more would push out themselves.
@@ -109,7 +116,7 @@ class Acquires:
         self._prefetch.extend(rows.tolist())
         return len(rows)
 
-    def match(self, namespace: Namespace, keys: list[bytes]) -> bytes:
+    def match(self, namespace: Namespace, keys: bytes) -> bytes:
         """One Tier a byte for the leading blocks held."""
         rows, in_dram = self._leading(namespace, keys, dram_only=False)
         del rows
@@ -187,15 +194,15 @@ class Acquires:
             )
             assert not due.any(), f"acquire {lease.request_id} passed over what it has to read"
 
-    def _leading(
-        self, namespace: Namespace, keys: list[bytes], *, dram_only: bool
-    ) -> tuple[Rows, Mask]:
+    def _leading(self, namespace: Namespace, keys: bytes, *, dram_only: bool) -> tuple[Rows, Mask]:
         """Rows of the leading keys held, and which of them are in DRAM."""
         table = self.blocks.table
-        rows = table.lookup(keys)
+        rows = table.index.find_all(keys)
         known = (rows >= 0) & (table.namespace[rows] == namespace.id)
         state = table.dram_state[rows]
         in_dram = known & (state == DramState.LIVE)
+        if in_dram.all():
+            return rows, in_dram
         if dram_only:
             held = in_dram
         else:
@@ -207,14 +214,15 @@ class Acquires:
     def _end_reason(self, namespace: Namespace, behind: bytes) -> EndReason:
         if not behind:
             return EndReason.COMPLETE
-        if len(self._leading(namespace, [behind], dram_only=False)[0]):
+        if len(self._leading(namespace, behind, dram_only=False)[0]):
             return EndReason.TIMED_OUT  # on SSD, and the caller would not wait
         return self.blocks.ghosts.reason(behind)
 
-    def _touch(self, rows: Rows) -> None:
-        table = self.blocks.table
-        self.blocks.dram_policy.touched(rows[table.dram_state[rows] == DramState.LIVE])
-        self.blocks.ssd_policy.touched(rows[table.ssd_state[rows] == SsdState.LIVE])
+    def _touch(self, rows: Rows, in_dram: Mask) -> None:
+        blocks = self.blocks
+        blocks.dram_policy.touched(rows[in_dram])
+        if blocks.ssd:
+            blocks.ssd_policy.touched(rows[blocks.table.ssd_state[rows] == SsdState.LIVE])
 
     def _advance(self, lease: Lease) -> None:
         table = self.blocks.table
@@ -245,7 +253,7 @@ class Acquires:
         runs = slot_runs(offsets, indices, sources, lease.namespace.slot_bytes)
         generations = self.blocks.directory.generations_at(offsets).tobytes()
         self._reply(lease, Granted(runs, generations))
-        from_dram = int((sources == Tier.DRAM).sum())
+        from_dram = int(np.count_nonzero(sources == Tier.DRAM))
         self.blocks.count("granted_dram_blocks", from_dram)
         self.blocks.count("granted_ssd_blocks", len(indices) - from_dram)
 
@@ -277,11 +285,12 @@ class Acquires:
         blocks, table = self.blocks, self.blocks.table
         rows = lease.rows[part][lease.held[part]]
         lease.held[part] = False
-        np.subtract.at(table.pins, rows, 1)
+        np.subtract.at(table.pins, rows, _ONE)
         if len(rows):
             blocks.room_version += 1
             unused = rows[table.pins[rows] == 0]
-            gone = unused[np.isin(table.dram_state[unused], (DramState.NONE, DramState.DEAD))]
+            state = table.dram_state[unused]
+            gone = unused[(state == DramState.NONE) | (state == DramState.DEAD)]
             if len(gone):
                 gone = np.unique(gone)
                 dead = table.dram_state[gone] == DramState.DEAD

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.core.blocks import Blocks
-from kvstore.core.keys import KEY_BYTES, split_keys
+from kvstore.core.keys import KEY_BYTES, check_joined, holds_key
 from kvstore.core.leases import Session
 from kvstore.core.spec import CacheSpec
 from kvstore.core.types import Namespace
@@ -39,21 +39,22 @@ class RequestChecks:
                     f"{space.capacity_bytes} bytes; give the node a larger one"
                 )
 
-    def keys(self, ns_id: int, keys: bytes, parent: bytes) -> tuple[Namespace, list[bytes]]:
-        """The namespace of a request, and its keys one by one."""
+    def keys(self, ns_id: int, keys: bytes, parent: bytes) -> Namespace:
+        """The namespace of a request whose joined ``keys`` and parent can be keys of blocks."""
         namespace = self._blocks.namespaces.get(ns_id)
         if namespace is None:
             raise NotFoundError(f"namespace {ns_id} was not opened on this node")
-        names = split_keys(keys)
-        if len(names) > self._config.keys_per_request_max:
+        check_joined(keys)
+        if len(keys) > KEY_BYTES * self._config.keys_per_request_max:
             raise InvalidArgumentError(
-                f"{len(names)} keys in one; send {self._config.keys_per_request_max} at most"
+                f"{len(keys) // KEY_BYTES} keys in one; "
+                f"send {self._config.keys_per_request_max} at most"
             )
         if len(parent) not in (0, KEY_BYTES):
             raise InvalidArgumentError(f"a parent key has {len(parent)} bytes, not {KEY_BYTES}")
-        if namespace.root in names or bytes(KEY_BYTES) in names:
+        if holds_key(keys, namespace.root) or holds_key(keys, bytes(KEY_BYTES)):
             raise InvalidArgumentError("the root and 32 zero bytes are no keys of blocks")
-        return namespace, names
+        return namespace
 
     def reserve(self, keys: list[bytes], shard_index: int, num_shards: int) -> None:
         """No key twice, and a shard that exists."""

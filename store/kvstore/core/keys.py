@@ -61,12 +61,24 @@ def block_keys(
     return keys
 
 
-def split_keys(joined: bytes) -> list[bytes]:
-    """The keys of one wire field of n x 32 bytes."""
+def check_joined(joined: bytes) -> None:
+    """InvalidArgumentError unless this can be a wire field of n x 32 bytes."""
     if len(joined) % KEY_BYTES:
         raise InvalidArgumentError(
             f"a key list has {len(joined)} bytes; it must be a multiple of {KEY_BYTES}"
         )
+
+
+def holds_key(joined: bytes, key: bytes) -> bool:
+    """Whether ``key`` is one of a wire field of n x 32 bytes."""
+    leads = np.frombuffer(joined, dtype="<u8")[:: KEY_BYTES // 8]
+    same_lead = leads == np.uint64(int.from_bytes(key[:8], "little"))
+    return bool(same_lead.any()) and key in split_keys(joined)
+
+
+def split_keys(joined: bytes) -> list[bytes]:
+    """The keys of one wire field of n x 32 bytes."""
+    check_joined(joined)
     return [joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES)]
 
 

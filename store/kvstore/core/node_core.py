@@ -147,10 +147,10 @@ class NodeCore:
         """
 
         def call(session: Session) -> None:
-            namespace, names = self._checks.keys(ns_id, keys, parent)
+            namespace = self._checks.keys(ns_id, keys, parent)
             self._checks.holds(session)
             deadline = now + timeout_s if timeout_s > 0 else None
-            self._acquires.acquire(session, request_id, namespace, names, deadline)
+            self._acquires.acquire(session, request_id, namespace, keys, deadline)
 
         return self._request(session_id, request_id, call, now)
 
@@ -184,7 +184,7 @@ class NodeCore:
         """A slot for each key that nobody has; one Reserved, at the latest after the timeout."""
 
         def call(session: Session) -> None:
-            namespace, names = self._checks.keys(ns_id, keys, parent)
+            namespace, names = self._checks.keys(ns_id, keys, parent), split_keys(keys)
             self._checks.reserve(names, shard_index, num_shards)
             self._checks.holds(session)
             reservation = Reservation(
@@ -245,8 +245,8 @@ class NodeCore:
         """Starts loads of the leading blocks that are only on SSD; Prefetched follows."""
 
         def call(_session: Session) -> None:
-            namespace, names = self._checks.keys(ns_id, keys, parent)
-            started = self._acquires.prefetch(namespace, names)
+            namespace = self._checks.keys(ns_id, keys, parent)
+            started = self._acquires.prefetch(namespace, keys)
             self._reply(session_id, request_id, Prefetched(started))
 
         return self._request(session_id, request_id, call, now)
@@ -255,8 +255,8 @@ class NodeCore:
         """Tiers of the leading blocks held; Matched follows."""
 
         def call(_session: Session) -> None:
-            namespace, names = self._checks.keys(ns_id, keys, b"")
-            self._reply(session_id, request_id, Matched(self._acquires.match(namespace, names)))
+            namespace = self._checks.keys(ns_id, keys, b"")
+            self._reply(session_id, request_id, Matched(self._acquires.match(namespace, keys)))
 
         self._answer(session_id, request_id, call)
         return self._take_effects()
