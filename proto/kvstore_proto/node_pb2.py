@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvstore_proto import common_pb2 as kvstore__proto_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvstore_proto/node.proto\x12\nkvstore.v1\x1a\x1akvstore_proto/common.proto\"\xe5\x03\n\x0eSessionRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12\"\n\x05hello\x18\x02 \x01(\x0b\x32\x11.kvstore.v1.HelloH\x00\x12\x33\n\x0eopen_namespace\x18\x03 \x01(\x0b\x32\x19.kvstore.v1.OpenNamespaceH\x00\x12&\n\x07\x61\x63quire\x18\x04 \x01(\x0b\x32\x13.kvstore.v1.AcquireH\x00\x12&\n\x07release\x18\x05 \x01(\x0b\x32\x13.kvstore.v1.ReleaseH\x00\x12&\n\x07reserve\x18\x06 \x01(\x0b\x32\x13.kvstore.v1.ReserveH\x00\x12$\n\x06\x63ommit\x18\x07 \x01(\x0b\x32\x12.kvstore.v1.CommitH\x00\x12\"\n\x05\x61\x62ort\x18\x08 \x01(\x0b\x32\x11.kvstore.v1.AbortH\x00\x12(\n\x08prefetch\x18\t \x01(\x0b\x32\x14.kvstore.v1.PrefetchH\x00\x12\"\n\x05match\x18\n \x01(\x0b\x32\x11.kvstore.v1.MatchH\x00\x12+\n\nhbm_events\x18\x0b \x01(\x0b\x32\x15.kvstore.v1.HbmEventsH\x00\x12&\n\x07goodbye\x18\x0c \x01(\x0b\x32\x13.kvstore.v1.GoodbyeH\x00\x42\t\n\x07request\"\xd1\x03\n\x0fSessionResponse\x12\n\n\x02id\x18\x01 \x01(\x04\x12&\n\x07welcome\x18\x02 \x01(\x0b\x32\x13.kvstore.v1.WelcomeH\x00\x12\x37\n\x10namespace_opened\x18\x03 \x01(\x0b\x32\x1b.kvstore.v1.NamespaceOpenedH\x00\x12&\n\x07granted\x18\x04 \x01(\x0b\x32\x13.kvstore.v1.GrantedH\x00\x12\x1e\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x0f.kvstore.v1.EndH\x00\x12(\n\x08reserved\x18\x06 \x01(\x0b\x32\x14.kvstore.v1.ReservedH\x00\x12*\n\tcommitted\x18\x07 \x01(\x0b\x32\x15.kvstore.v1.CommittedH\x00\x12,\n\nprefetched\x18\x08 \x01(\x0b\x32\x16.kvstore.v1.PrefetchedH\x00\x12&\n\x07matched\x18\t \x01(\x0b\x32\x13.kvstore.v1.MatchedH\x00\x12)\n\x05\x65rror\x18\n \x01(\x0b\x32\x18.kvstore.v1.SessionErrorH\x00\x12&\n\x07\x61\x62orted\x18\x0b \x01(\x0b\x32\x13.kvstore.v1.AbortedH\x00\x42\n\n\x08response\"\xa7\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x15\n\rpid_namespace\x18\x04 \x01(\x04\x12\x1b\n\x13process_start_ticks\x18\x05 \x01(\x04\x12\x0c\n\x04name\x18\x06 \x01(\t\x12\x0f\n\x07settled\x18\x07 \x01(\x08\x12\x11\n\tengine_id\x18\x08 \x01(\t\"\xc0\x01\n\x07Welcome\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x04\x12\x11\n\tpool_path\x18\x03 \x01(\t\x12\x12\n\npool_bytes\x18\x04 \x01(\x04\x12\x16\n\x0e\x64irectory_path\x18\x05 \x01(\t\x12\x17\n\x0f\x64irectory_bytes\x18\x06 \x01(\x04\x12\x15\n\rcluster_epoch\x18\x07 \x01(\x04\x12\x0f\n\x07version\x18\x08 \x01(\t\x12\x12\n\nhas_master\x18\t \x01(\x08\"D\n\rOpenNamespace\x12#\n\x04spec\x18\x01 \x01(\x0b\x32\x15.kvstore.v1.CacheSpec\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"5\n\x0fNamespaceOpened\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\x0c\n\x04root\x18\x02 \x01(\x0c\"Q\n\x07\x41\x63quire\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12\x0e\n\x06parent\x18\x03 \x01(\x0c\x12\x12\n\ntimeout_ms\x18\x04 \x01(\r\"i\n\x07SlotRun\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06stride\x18\x04 \x01(\x04\x12 \n\x06source\x18\x05 \x01(\x0e\x32\x10.kvstore.v1.Tier\"A\n\x07Granted\x12!\n\x04runs\x18\x01 \x03(\x0b\x32\x13.kvstore.v1.SlotRun\x12\x13\n\x0bgenerations\x18\x02 \x01(\x0c\"=\n\x03\x45nd\x12\x0f\n\x07granted\x18\x01 \x01(\r\x12%\n\x06reason\x18\x02 \x01(\x0e\x32\x15.kvstore.v1.EndReason\";\n\x07Release\x12\x12\n\nacquire_id\x18\x01 \x01(\x04\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\x9f\x01\n\x07Reserve\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12\x0e\n\x06parent\x18\x03 \x01(\x0c\x12\x13\n\x0bshard_index\x18\x04 \x01(\r\x12\x12\n\nnum_shards\x18\x05 \x01(\r\x12\x12\n\ntimeout_ms\x18\x06 \x01(\r\x12#\n\x05level\x18\x07 \x01(\x0e\x32\x14.kvstore.v1.AckLevel\"T\n\x08Reserved\x12\x10\n\x08statuses\x18\x01 \x01(\x0c\x12!\n\x04runs\x18\x02 \x03(\x0b\x32\x13.kvstore.v1.SlotRun\x12\x13\n\x0bgenerations\x18\x03 \x01(\x0c\"e\n\x06\x43ommit\x12\x12\n\nreserve_id\x18\x01 \x01(\x04\x12\x0f\n\x07indices\x18\x02 \x03(\r\x12\x11\n\tchecksums\x18\x03 \x01(\x0c\x12#\n\x05level\x18\x04 \x01(\x0e\x32\x14.kvstore.v1.AckLevel\"\x1b\n\tCommitted\x12\x0e\n\x06levels\x18\x01 \x01(\x0c\",\n\x05\x41\x62ort\x12\x12\n\nreserve_id\x18\x01 \x01(\x04\x12\x0f\n\x07indices\x18\x02 \x03(\r\"\x18\n\x07\x41\x62orted\x12\r\n\x05\x63ount\x18\x01 \x01(\r\">\n\x08Prefetch\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12\x0e\n\x06parent\x18\x03 \x01(\x0c\"\x1d\n\nPrefetched\x12\x0f\n\x07started\x18\x01 \x01(\r\"+\n\x05Match\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"\x18\n\x07Matched\x12\r\n\x05tiers\x18\x01 \x01(\x0c\"S\n\tHbmEvents\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\x0e\n\x06stored\x18\x02 \x01(\x0c\x12\x0f\n\x07removed\x18\x03 \x01(\x0c\x12\x0f\n\x07\x63leared\x18\x04 \x01(\x08\"\t\n\x07Goodbye\"-\n\x0cSessionError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x0e\n\x0cStatsRequest\"\xff\x01\n\rStatsResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x04\x12$\n\x05tiers\x18\x03 \x03(\x0b\x32\x15.kvstore.v1.TierUsage\x12\x10\n\x08sessions\x18\x04 \x01(\r\x12\x39\n\x08\x63ounters\x18\x05 \x03(\x0b\x32\'.kvstore.v1.StatsResponse.CountersEntry\x12\x15\n\rpinned_blocks\x18\x06 \x01(\x04\x12\x10\n\x08problems\x18\x07 \x03(\t\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*\x93\x01\n\rReserveStatus\x12\x1e\n\x1aRESERVE_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13RESERVE_STATUS_SLOT\x10\x01\x12\x17\n\x13RESERVE_STATUS_HAVE\x10\x02\x12\x17\n\x13RESERVE_STATUS_FULL\x10\x03\x12\x17\n\x13RESERVE_STATUS_BUSY\x10\x04\x32\x8c\x01\n\x04Node\x12\x46\n\x07Session\x12\x1a.kvstore.v1.SessionRequest\x1a\x1b.kvstore.v1.SessionResponse(\x01\x30\x01\x12<\n\x05Stats\x12\x18.kvstore.v1.StatsRequest\x1a\x19.kvstore.v1.StatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvstore_proto/node.proto\x12\nkvstore.v1\x1a\x1akvstore_proto/common.proto\"\xe5\x03\n\x0eSessionRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12\"\n\x05hello\x18\x02 \x01(\x0b\x32\x11.kvstore.v1.HelloH\x00\x12\x33\n\x0eopen_namespace\x18\x03 \x01(\x0b\x32\x19.kvstore.v1.OpenNamespaceH\x00\x12&\n\x07\x61\x63quire\x18\x04 \x01(\x0b\x32\x13.kvstore.v1.AcquireH\x00\x12&\n\x07release\x18\x05 \x01(\x0b\x32\x13.kvstore.v1.ReleaseH\x00\x12&\n\x07reserve\x18\x06 \x01(\x0b\x32\x13.kvstore.v1.ReserveH\x00\x12$\n\x06\x63ommit\x18\x07 \x01(\x0b\x32\x12.kvstore.v1.CommitH\x00\x12\"\n\x05\x61\x62ort\x18\x08 \x01(\x0b\x32\x11.kvstore.v1.AbortH\x00\x12(\n\x08prefetch\x18\t \x01(\x0b\x32\x14.kvstore.v1.PrefetchH\x00\x12\"\n\x05match\x18\n \x01(\x0b\x32\x11.kvstore.v1.MatchH\x00\x12+\n\nhbm_events\x18\x0b \x01(\x0b\x32\x15.kvstore.v1.HbmEventsH\x00\x12&\n\x07goodbye\x18\x0c \x01(\x0b\x32\x13.kvstore.v1.GoodbyeH\x00\x42\t\n\x07request\"\xd1\x03\n\x0fSessionResponse\x12\n\n\x02id\x18\x01 \x01(\x04\x12&\n\x07welcome\x18\x02 \x01(\x0b\x32\x13.kvstore.v1.WelcomeH\x00\x12\x37\n\x10namespace_opened\x18\x03 \x01(\x0b\x32\x1b.kvstore.v1.NamespaceOpenedH\x00\x12&\n\x07granted\x18\x04 \x01(\x0b\x32\x13.kvstore.v1.GrantedH\x00\x12\x1e\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x0f.kvstore.v1.EndH\x00\x12(\n\x08reserved\x18\x06 \x01(\x0b\x32\x14.kvstore.v1.ReservedH\x00\x12*\n\tcommitted\x18\x07 \x01(\x0b\x32\x15.kvstore.v1.CommittedH\x00\x12,\n\nprefetched\x18\x08 \x01(\x0b\x32\x16.kvstore.v1.PrefetchedH\x00\x12&\n\x07matched\x18\t \x01(\x0b\x32\x13.kvstore.v1.MatchedH\x00\x12)\n\x05\x65rror\x18\n \x01(\x0b\x32\x18.kvstore.v1.SessionErrorH\x00\x12&\n\x07\x61\x62orted\x18\x0b \x01(\x0b\x32\x13.kvstore.v1.AbortedH\x00\x42\n\n\x08response\"\xa7\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x15\n\rpid_namespace\x18\x04 \x01(\x04\x12\x1b\n\x13process_start_ticks\x18\x05 \x01(\x04\x12\x0c\n\x04name\x18\x06 \x01(\t\x12\x0f\n\x07settled\x18\x07 \x01(\x08\x12\x11\n\tengine_id\x18\x08 \x01(\t\"\xc0\x01\n\x07Welcome\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x04\x12\x11\n\tpool_path\x18\x03 \x01(\t\x12\x12\n\npool_bytes\x18\x04 \x01(\x04\x12\x16\n\x0e\x64irectory_path\x18\x05 \x01(\t\x12\x17\n\x0f\x64irectory_bytes\x18\x06 \x01(\x04\x12\x15\n\rcluster_epoch\x18\x07 \x01(\x04\x12\x0f\n\x07version\x18\x08 \x01(\t\x12\x12\n\nhas_master\x18\t \x01(\x08\"D\n\rOpenNamespace\x12#\n\x04spec\x18\x01 \x01(\x0b\x32\x15.kvstore.v1.CacheSpec\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"5\n\x0fNamespaceOpened\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\x0c\n\x04root\x18\x02 \x01(\x0c\"Q\n\x07\x41\x63quire\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12\x0e\n\x06parent\x18\x03 \x01(\x0c\x12\x12\n\ntimeout_ms\x18\x04 \x01(\r\"i\n\x07SlotRun\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06stride\x18\x04 \x01(\x04\x12 \n\x06source\x18\x05 \x01(\x0e\x32\x10.kvstore.v1.Tier\"_\n\x07Granted\x12!\n\x04runs\x18\x01 \x03(\x0b\x32\x13.kvstore.v1.SlotRun\x12\x13\n\x0bgenerations\x18\x02 \x01(\x0c\x12\x1c\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x0f.kvstore.v1.End\"=\n\x03\x45nd\x12\x0f\n\x07granted\x18\x01 \x01(\r\x12%\n\x06reason\x18\x02 \x01(\x0e\x32\x15.kvstore.v1.EndReason\";\n\x07Release\x12\x12\n\nacquire_id\x18\x01 \x01(\x04\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\x9f\x01\n\x07Reserve\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12\x0e\n\x06parent\x18\x03 \x01(\x0c\x12\x13\n\x0bshard_index\x18\x04 \x01(\r\x12\x12\n\nnum_shards\x18\x05 \x01(\r\x12\x12\n\ntimeout_ms\x18\x06 \x01(\r\x12#\n\x05level\x18\x07 \x01(\x0e\x32\x14.kvstore.v1.AckLevel\"T\n\x08Reserved\x12\x10\n\x08statuses\x18\x01 \x01(\x0c\x12!\n\x04runs\x18\x02 \x03(\x0b\x32\x13.kvstore.v1.SlotRun\x12\x13\n\x0bgenerations\x18\x03 \x01(\x0c\"e\n\x06\x43ommit\x12\x12\n\nreserve_id\x18\x01 \x01(\x04\x12\x0f\n\x07indices\x18\x02 \x03(\r\x12\x11\n\tchecksums\x18\x03 \x01(\x0c\x12#\n\x05level\x18\x04 \x01(\x0e\x32\x14.kvstore.v1.AckLevel\"\x1b\n\tCommitted\x12\x0e\n\x06levels\x18\x01 \x01(\x0c\",\n\x05\x41\x62ort\x12\x12\n\nreserve_id\x18\x01 \x01(\x04\x12\x0f\n\x07indices\x18\x02 \x03(\r\"\x18\n\x07\x41\x62orted\x12\r\n\x05\x63ount\x18\x01 \x01(\r\">\n\x08Prefetch\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12\x0e\n\x06parent\x18\x03 \x01(\x0c\"\x1d\n\nPrefetched\x12\x0f\n\x07started\x18\x01 \x01(\r\"+\n\x05Match\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"\x18\n\x07Matched\x12\r\n\x05tiers\x18\x01 \x01(\x0c\"S\n\tHbmEvents\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\x0e\n\x06stored\x18\x02 \x01(\x0c\x12\x0f\n\x07removed\x18\x03 \x01(\x0c\x12\x0f\n\x07\x63leared\x18\x04 \x01(\x08\"\t\n\x07Goodbye\"-\n\x0cSessionError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x0e\n\x0cStatsRequest\"\xff\x01\n\rStatsResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x04\x12$\n\x05tiers\x18\x03 \x03(\x0b\x32\x15.kvstore.v1.TierUsage\x12\x10\n\x08sessions\x18\x04 \x01(\r\x12\x39\n\x08\x63ounters\x18\x05 \x03(\x0b\x32\'.kvstore.v1.StatsResponse.CountersEntry\x12\x15\n\rpinned_blocks\x18\x06 \x01(\x04\x12\x10\n\x08problems\x18\x07 \x03(\t\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*\x93\x01\n\rReserveStatus\x12\x1e\n\x1aRESERVE_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13RESERVE_STATUS_SLOT\x10\x01\x12\x17\n\x13RESERVE_STATUS_HAVE\x10\x02\x12\x17\n\x13RESERVE_STATUS_FULL\x10\x03\x12\x17\n\x13RESERVE_STATUS_BUSY\x10\x04\x32\x8c\x01\n\x04Node\x12\x46\n\x07Session\x12\x1a.kvstore.v1.SessionRequest\x1a\x1b.kvstore.v1.SessionResponse(\x01\x30\x01\x12<\n\x05Stats\x12\x18.kvstore.v1.StatsRequest\x1a\x19.kvstore.v1.StatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STATSRESPONSE_COUNTERSENTRY']._loaded_options = None
   _globals['_STATSRESPONSE_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_RESERVESTATUS']._serialized_start=2931
-  _globals['_RESERVESTATUS']._serialized_end=3078
+  _globals['_RESERVESTATUS']._serialized_start=2961
+  _globals['_RESERVESTATUS']._serialized_end=3108
   _globals['_SESSIONREQUEST']._serialized_start=69
   _globals['_SESSIONREQUEST']._serialized_end=554
   _globals['_SESSIONRESPONSE']._serialized_start=557
@@ -53,43 +53,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SLOTRUN']._serialized_start=1597
   _globals['_SLOTRUN']._serialized_end=1702
   _globals['_GRANTED']._serialized_start=1704
-  _globals['_GRANTED']._serialized_end=1769
-  _globals['_END']._serialized_start=1771
-  _globals['_END']._serialized_end=1832
-  _globals['_RELEASE']._serialized_start=1834
-  _globals['_RELEASE']._serialized_end=1893
-  _globals['_RESERVE']._serialized_start=1896
-  _globals['_RESERVE']._serialized_end=2055
-  _globals['_RESERVED']._serialized_start=2057
-  _globals['_RESERVED']._serialized_end=2141
-  _globals['_COMMIT']._serialized_start=2143
-  _globals['_COMMIT']._serialized_end=2244
-  _globals['_COMMITTED']._serialized_start=2246
-  _globals['_COMMITTED']._serialized_end=2273
-  _globals['_ABORT']._serialized_start=2275
-  _globals['_ABORT']._serialized_end=2319
-  _globals['_ABORTED']._serialized_start=2321
-  _globals['_ABORTED']._serialized_end=2345
-  _globals['_PREFETCH']._serialized_start=2347
-  _globals['_PREFETCH']._serialized_end=2409
-  _globals['_PREFETCHED']._serialized_start=2411
-  _globals['_PREFETCHED']._serialized_end=2440
-  _globals['_MATCH']._serialized_start=2442
-  _globals['_MATCH']._serialized_end=2485
-  _globals['_MATCHED']._serialized_start=2487
-  _globals['_MATCHED']._serialized_end=2511
-  _globals['_HBMEVENTS']._serialized_start=2513
-  _globals['_HBMEVENTS']._serialized_end=2596
-  _globals['_GOODBYE']._serialized_start=2598
-  _globals['_GOODBYE']._serialized_end=2607
-  _globals['_SESSIONERROR']._serialized_start=2609
-  _globals['_SESSIONERROR']._serialized_end=2654
-  _globals['_STATSREQUEST']._serialized_start=2656
-  _globals['_STATSREQUEST']._serialized_end=2670
-  _globals['_STATSRESPONSE']._serialized_start=2673
-  _globals['_STATSRESPONSE']._serialized_end=2928
-  _globals['_STATSRESPONSE_COUNTERSENTRY']._serialized_start=2881
-  _globals['_STATSRESPONSE_COUNTERSENTRY']._serialized_end=2928
-  _globals['_NODE']._serialized_start=3081
-  _globals['_NODE']._serialized_end=3221
+  _globals['_GRANTED']._serialized_end=1799
+  _globals['_END']._serialized_start=1801
+  _globals['_END']._serialized_end=1862
+  _globals['_RELEASE']._serialized_start=1864
+  _globals['_RELEASE']._serialized_end=1923
+  _globals['_RESERVE']._serialized_start=1926
+  _globals['_RESERVE']._serialized_end=2085
+  _globals['_RESERVED']._serialized_start=2087
+  _globals['_RESERVED']._serialized_end=2171
+  _globals['_COMMIT']._serialized_start=2173
+  _globals['_COMMIT']._serialized_end=2274
+  _globals['_COMMITTED']._serialized_start=2276
+  _globals['_COMMITTED']._serialized_end=2303
+  _globals['_ABORT']._serialized_start=2305
+  _globals['_ABORT']._serialized_end=2349
+  _globals['_ABORTED']._serialized_start=2351
+  _globals['_ABORTED']._serialized_end=2375
+  _globals['_PREFETCH']._serialized_start=2377
+  _globals['_PREFETCH']._serialized_end=2439
+  _globals['_PREFETCHED']._serialized_start=2441
+  _globals['_PREFETCHED']._serialized_end=2470
+  _globals['_MATCH']._serialized_start=2472
+  _globals['_MATCH']._serialized_end=2515
+  _globals['_MATCHED']._serialized_start=2517
+  _globals['_MATCHED']._serialized_end=2541
+  _globals['_HBMEVENTS']._serialized_start=2543
+  _globals['_HBMEVENTS']._serialized_end=2626
+  _globals['_GOODBYE']._serialized_start=2628
+  _globals['_GOODBYE']._serialized_end=2637
+  _globals['_SESSIONERROR']._serialized_start=2639
+  _globals['_SESSIONERROR']._serialized_end=2684
+  _globals['_STATSREQUEST']._serialized_start=2686
+  _globals['_STATSREQUEST']._serialized_end=2700
+  _globals['_STATSRESPONSE']._serialized_start=2703
+  _globals['_STATSRESPONSE']._serialized_end=2958
+  _globals['_STATSRESPONSE_COUNTERSENTRY']._serialized_start=2911
+  _globals['_STATSRESPONSE_COUNTERSENTRY']._serialized_end=2958
+  _globals['_NODE']._serialized_start=3111
+  _globals['_NODE']._serialized_end=3251
 # @@protoc_insertion_point(module_scope)

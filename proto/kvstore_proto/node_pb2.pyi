@@ -330,7 +330,8 @@ Global___NamespaceOpened: _TypeAlias = NamespaceOpened  # noqa: Y015
 @_typing.final
 class Acquire(_message.Message):
     """Pins what the node has from the start of the keys on. Answered by any number of Granted, in
-    chain order, then one End. The pins live until Release or the end of the session.
+    chain order, then one End: in the last Granted where both were known at once, else by itself.
+    The pins live until Release or the end of the session.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -405,19 +406,25 @@ class Granted(_message.Message):
 
     RUNS_FIELD_NUMBER: _builtins.int
     GENERATIONS_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
     generations: _builtins.bytes
     """u32 little-endian each, in the order of the runs"""
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotRun]: ...
+    @_builtins.property
+    def end(self) -> Global___End:
+        """absent: more follows"""
+
     def __init__(
         self,
         *,
         runs: _abc.Iterable[Global___SlotRun] | None = ...,
         generations: _builtins.bytes = ...,
+        end: Global___End | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generations", b"generations", "runs", b"runs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "generations", b"generations", "runs", b"runs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

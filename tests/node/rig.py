@@ -248,6 +248,8 @@ class RawSession:
                 assert response.WhichOneof("response") == "end", response
                 return request_id, granted, response.end
             granted.append(response.granted)
+            if response.granted.HasField("end"):
+                return request_id, granted, response.granted.end
 
     async def check(self, keys: Sequence[bytes], **more: Any) -> Any:
         """Acquires, compares every granted byte, and releases."""

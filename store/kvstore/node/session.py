@@ -57,8 +57,13 @@ class Outbox:
                 )
 
     def put_reply(self, reply: Reply) -> None:
-        """Queues an answer of the core."""
-        self.put(translate.reply_to_message(reply))
+        """Queues an answer of the core; an End goes with the Granted before it, if that waits."""
+        message = translate.reply_to_message(reply)
+        last = self._waiting[-1] if self._waiting else None
+        if last and last.id == message.id and last.HasField("granted") and message.HasField("end"):
+            last.granted.end.CopyFrom(message.end)
+        else:
+            self.put(message)
 
     async def room(self) -> None:
         """Returns when there is room for the answers to another request."""
