@@ -31,6 +31,7 @@ from kvstore.node.ssd_index import SsdIndex, is_full
 log = logging.getLogger(__name__)
 
 IO_THREADS = 4  # writes that the device has at a time
+VERIFYING = 2  # threads beside those
 RUN_BYTES = 4 << 20
 GROUP_BYTES = 64 << 20
 GROUP_WRITES = 16384
@@ -85,8 +86,9 @@ class SsdWriter:
         self._reports = reports
         self._post = post
         self._ended = ended
-        # Twice as many: while some verify, others keep the device busy.
-        self._writers = ThreadPoolExecutor(2 * IO_THREADS, "ssd-write")
+        # Some more: while they verify, the others keep the device busy. With twice as many the
+        # device waited longer for the first of a group, and for the interpreter.
+        self._writers = ThreadPoolExecutor(IO_THREADS + VERIFYING, "ssd-write")
         self._may_write = threading.Semaphore(IO_THREADS)
         self._writes: queue.SimpleQueue[Sequence[WriteSsd] | None] = queue.SimpleQueue()
         self._may_begin = threading.Semaphore(GROUPS_BEGUN_MAX)
