@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from kvstore.core.keys import block_keys, join_keys, namespace_root, salt_extra, split_keys
+from kvstore.core.distinct import distinct
+from kvstore.core.keys import (
+    block_keys,
+    holds_key,
+    join_keys,
+    namespace_root,
+    salt_extra,
+    split_keys,
+)
 from kvstore.core.spec import CacheSpec
 from kvstore.errors import InvalidArgumentError
 
@@ -91,3 +99,21 @@ def test_unknown_dtype_is_refused() -> None:
             head_dim=1,
             rope="",
         )
+
+
+def test_a_key_is_found_only_where_a_key_begins() -> None:
+    keys = [hashlib.sha256(bytes([i])).digest() for i in range(9)]
+    joined = b"".join(keys)
+    assert all(holds_key(joined, key) for key in keys)
+    assert not holds_key(joined[:-32], keys[-1])
+    assert not holds_key(joined, joined[8:40])
+    assert not holds_key(joined, keys[3][:8] + bytes(24)), "the same lead is not the same key"
+    assert not holds_key(b"", bytes(32))
+    assert holds_key(joined + bytes(32), bytes(32))
+
+
+def test_distinct_is_unique() -> None:
+    rng = np.random.default_rng(1)
+    for count in (0, 1, 2, 500):
+        numbers = rng.integers(0, 200, count)
+        assert distinct(numbers).tolist() == sorted(set(numbers.tolist()))

@@ -6,44 +6,19 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.core.blocks import Blocks
+from kvstore.core.distinct import distinct
 from kvstore.core.effects import Body, End, Granted, Reply
 from kvstore.core.keys import KEY_BYTES
 from kvstore.core.leases import Lease, Session
+from kvstore.core.runs import slot_runs
 from kvstore.core.table import DramState, Mask, Rows, SsdState
 from kvstore.core.tiering import Tiering
 from kvstore.core.transfers import Transfers
-from kvstore.core.types import EndReason, Namespace, SlotRun, Tier
+from kvstore.core.types import EndReason, Namespace, Tier
 from kvstore.errors import InvalidArgumentError, ResourceExhaustedError
 
 _LOOK_AHEAD_MIN = 64  # blocks of a lease that are looked at together
 _ONE = np.int32(1)  # of the type of the pins, else ``add.at`` takes twenty times as long
-_TIERS = {int(tier): tier for tier in Tier}
-
-
-def slot_runs(
-    offsets: npt.NDArray[np.int64],
-    indices: npt.NDArray[np.int64],
-    sources: npt.NDArray[np.uint8],
-    stride: int,
-) -> list[SlotRun]:
-    """Slots of keys ``indices`` as few runs as possible."""
-    if not len(offsets):
-        return []
-    breaks = (offsets[1:] - offsets[:-1]) != stride
-    breaks |= (indices[1:] - indices[:-1]) != 1
-    breaks |= sources[1:] != sources[:-1]
-    starts = [0, *(np.flatnonzero(breaks) + 1).tolist()]
-    return [
-        SlotRun(first, end - start, offset, stride, _TIERS[source])
-        for start, end, first, offset, source in zip(
-            starts,
-            [*starts[1:], len(offsets)],
-            indices[starts].tolist(),
-            offsets[starts].tolist(),
-            sources[starts].tolist(),
-            strict=True,
-        )
-    ]
 
 
 class Acquires:
@@ -292,7 +267,7 @@ class Acquires:
             state = table.dram_state[unused]
             gone = unused[(state == DramState.NONE) | (state == DramState.DEAD)]
             if len(gone):
-                gone = np.unique(gone)
+                gone = distinct(gone)
                 dead = table.dram_state[gone] == DramState.DEAD
                 blocks.discard(gone[~dead])
                 self.tiering.release_dead(gone[dead])

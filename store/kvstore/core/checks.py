@@ -81,7 +81,9 @@ def places_of(indices: Indices, count: int) -> npt.NDArray[np.int64]:
     places = np.asarray(indices, dtype=np.int64)
     if len(places) and (places.min() < 0 or places.max() >= count):
         raise InvalidArgumentError(f"an index is outside of the {count} keys of the reserve")
-    if len(np.unique(places)) != len(places):
+    named = np.zeros(count, dtype=np.bool_)
+    named[places] = True
+    if np.count_nonzero(named) != len(places):
         raise InvalidArgumentError("an index comes twice")
     return places
 

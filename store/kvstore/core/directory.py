@@ -11,6 +11,7 @@ import struct
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.core.distinct import distinct
 from kvstore.core.keys import KEY_BYTES
 from kvstore.core.spec import SLOT_ALIGN_BYTES
 from kvstore.errors import CorruptError, InvalidArgumentError, PreconditionError
@@ -207,7 +208,7 @@ class DirectoryWriter:
         while len(slots):
             following = self._table[(slots + 1) & self._mask, 0] >> _TIER_SHIFT
             tombs = self._table[slots, 0] >> _TIER_SHIFT == _TOMBSTONE
-            clear = np.unique(slots[(following == 0) & tombs])
+            clear = distinct(slots[(following == 0) & tombs])
             self._write_tier(clear, 0)
             self.tombstones -= len(clear)
             slots = (clear - 1) & self._mask

@@ -42,9 +42,9 @@ class Ghosts:
         if not self._size:
             return np.zeros(len(prefixes), dtype=np.bool_)
         places = self._places(prefixes)
-        evicted: npt.NDArray[np.bool_] = np.isin(
-            self._reasons[places], (EndReason.EVICTED, EndReason.NOT_ADMITTED)
-        )
+        reasons = self._reasons[places]
+        evicted: npt.NDArray[np.bool_] = reasons == EndReason.EVICTED
+        evicted |= reasons == EndReason.NOT_ADMITTED
         evicted &= self._prefixes[places] == prefixes
         return evicted
 

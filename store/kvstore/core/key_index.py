@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.core.column import column
+from kvstore.core.distinct import distinct
 
 Rows = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
@@ -88,7 +89,7 @@ class KeyIndex:
             follows_empty = self._places[(places + 1) & self._mask] == _EMPTY
             cleared = places[follows_empty & (self._places[places] == _TOMBSTONE)]
             self._places[cleared] = _EMPTY
-            places = (np.unique(cleared) - 1) & self._mask
+            places = (distinct(cleared) - 1) & self._mask
 
     def _first(self, words: Words) -> Rows:
         return ((words[:, 0] >> np.uint64(_SHIFT)) & np.uint64(self._mask)).astype(np.int64)

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.core.acquire import slot_runs
 from kvstore.core.blocks import Blocks
+from kvstore.core.distinct import distinct
 from kvstore.core.effects import Body, Committed, Reply, Reserved
 from kvstore.core.fills import Fills
 from kvstore.core.leases import Reservation, Session
+from kvstore.core.runs import slot_runs
 from kvstore.core.table import NO_ROW, DramState, Rows, SsdState
 from kvstore.core.tiering import Tiering
 from kvstore.core.transfers import Transfers
@@ -205,7 +206,7 @@ class Reserves:
         reservation.open[part] = slots
         reservation.next += done
         if len(used):
-            blocks.discard(np.unique(used))  # placeholders that nothing came to stand behind
+            blocks.discard(distinct(used))  # placeholders that nothing came to stand behind
 
     def _statuses(self, reservation: Reservation, rows: Rows) -> npt.NDArray[np.uint8]:
         blocks, table = self.blocks, self.blocks.table
@@ -214,9 +215,9 @@ class Reserves:
         if not known.any():
             return statuses
         dram, ssd = table.dram_state[rows], table.ssd_state[rows]
-        have = known & np.isin(dram, (DramState.LIVE, DramState.LOADING))
-        have |= known & (ssd == SsdState.LIVE)
-        busy = known & np.isin(dram, (DramState.FILLING, DramState.DEAD))
+        have = (dram == DramState.LIVE) | (dram == DramState.LOADING) | (ssd == SsdState.LIVE)
+        have &= known
+        busy = known & ((dram == DramState.FILLING) | (dram == DramState.DEAD))
         foreign = known & (table.namespace[rows] != reservation.namespace.id)
         statuses[have] = ReserveStatus.HAVE
         statuses[busy | foreign] = ReserveStatus.BUSY

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.core.column import column
+from kvstore.core.distinct import distinct
 from kvstore.core.forest import closed_under_children
 from kvstore.core.key_index import KeyIndex
 from kvstore.core.keys import KEY_BYTES
@@ -130,7 +131,7 @@ class Table:
     def link(self, rows: Rows, parents: Rows) -> None:
         """Puts fresh rows (no parent, no slots) behind their parents; -1: the root."""
         self.parent[rows] = parents
-        np.add.at(self.children, parents[parents >= 0], 1)
+        np.add.at(self.children, parents[parents >= 0], np.int32(1))
 
     def is_behind(self, row: int, ancestor: int) -> bool:
         """Whether ``ancestor`` is ``row`` or before it in its chain."""
@@ -141,7 +142,8 @@ class Table:
     def count_children(self, counts: npt.NDArray[np.int32], rows: Rows, change: int) -> None:
         """Adds ``change`` to a column of counts of the parents of ``rows``."""
         parents = self.parent[rows]
-        np.add.at(counts, parents[parents >= 0], change)
+        # In the column's own type, else it takes twenty times as long.
+        np.add.at(counts, parents[parents >= 0], np.int32(change))
 
     def discard_empty(self, rows: Rows) -> None:
         """Removes those of ``rows`` that nothing needs any more, and then their parents."""
@@ -153,9 +155,9 @@ class Table:
             rows = rows[closed_under_children(rows, self.parent, self.children, self.scratch)]
             parents = self.parent[rows]
             parents = parents[parents >= 0]
-            np.subtract.at(self.children, parents, 1)
+            np.subtract.at(self.children, parents, np.int32(1))
             self._remove(rows)
-            above = np.unique(parents).astype(np.int64)
+            above = distinct(parents.astype(np.int64))
             rows = above[self.namespace[above] >= 0]
 
     def key(self, row: int) -> bytes:
