@@ -37,10 +37,11 @@ class SlotViews(Sequence[memoryview]):
 
     def bytes_at(self, index: int) -> Bytes:
         """Slot ``index`` as a writable array of bytes, for this package's copies."""
-        if self._closed:
-            raise PreconditionError("these blocks were released: use them before that")
+        # First of all: what has no blocks can be gone through, released or not.
         if not 0 <= index < self._count:
             raise IndexError(f"block {index} of {self._count}")
+        if self._closed:
+            raise PreconditionError("these blocks were released: use them before that")
         start = int(self._offsets[index])
         if start < 0:
             raise PreconditionError(f"block {index} has no slot: look at its status")

@@ -53,6 +53,27 @@ class SlowNode:
         lease.on_response(Response(end=end))
 
 
+@pytest.mark.parametrize("held", [6, 4, 0])
+async def test_the_end_may_come_with_the_last_blocks(
+    ns: Namespace, node: FakeNode, stored: npt.NDArray[np.uint8], held: int
+) -> None:
+    def answer(request: Request) -> list[Response] | None:
+        if request.WhichOneof("request") != "acquire" or not held:
+            return None
+        granted, end = node.own_answer(request)
+        granted.granted.end.CopyFrom(end.end)
+        return [granted]
+
+    node.answer = answer
+    keys = [*KEYS[:held], *(bytes([99]) * 32 for _ in range(held, 6))]
+    async with ns.read(keys) as read:
+        assert read.count == held
+        assert read.reason == (EndReason.COMPLETE if held == 6 else EndReason.NEVER_STORED)
+        assert [bytes(b) for b in read.blocks] == [b.tobytes() for b in stored[:held]]
+    if held:
+        await node.wait_for("release")
+
+
 async def test_arrivals_come_in_chain_order(
     ns: Namespace, node: FakeNode, stored: npt.NDArray[np.uint8]
 ) -> None:

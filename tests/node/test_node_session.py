@@ -41,6 +41,7 @@ async def test_I1_block_comes_back_as_it_was(node: LocalNode) -> None:
     assert [bytes(view) for _, view in slots] == [data_of(key) for key in keys]
     assert sum(len(part.runs) for part in granted) == 1, "neighbours make one run"
     assert len(generations(granted)) == 20
+    assert granted[-1].HasField("end"), "one message says all"
     assert (await session.stats()).pinned_blocks == 20
     await session.send(release=node_pb2.Release(acquire_id=request_id, first=0, count=5))
     await session.send(release=node_pb2.Release(acquire_id=request_id))
