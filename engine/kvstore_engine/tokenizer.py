@@ -38,8 +38,12 @@ class Tokenizer:
         self._special = {token for token, entry in added.items() if entry.special}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; special tokens written out in ``text`` become themselves."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids; special tokens written out in ``text`` become themselves.
+
+        Other threads run meanwhile: a batch releases the interpreter, a single ``encode`` does not.
+        """
+        batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = batch[0].ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
