@@ -68,7 +68,7 @@ class Engine:
             max_running=config.max_running,
         )
         self.runner = Runner(model, pages, model_config.eos_token_ids)
-        self._vocab_size = model_config.vocab_size
+        self.vocab_size = model_config.vocab_size
         self._eos_token_ids = frozenset(model_config.eos_token_ids)
         self._clock = clock
         self._requests: dict[str, Request] = {}
@@ -191,8 +191,12 @@ class Engine:
                 f"{self.max_context - 1}"
             )
         known = (*tokens, *message.params.stop_token_ids)
-        if not 0 <= min(known) <= max(known) < self._vocab_size:
-            raise InvalidArgumentError(f"a token id is not in 0 … {self._vocab_size - 1}")
+        if not 0 <= min(known) <= max(known) < self.vocab_size:
+            wrong = next(token for token in known if not 0 <= token < self.vocab_size)
+            raise InvalidArgumentError(
+                f"token id {wrong} is not in the model's vocabulary; give ids from 0 to "
+                f"{self.vocab_size - 1}"
+            )
         if message.params.max_tokens < 1:
             raise InvalidArgumentError(f"max_tokens is {message.params.max_tokens}; take 1 or more")
         if len(self.scheduler.waiting) >= self.config.max_waiting:

@@ -167,6 +167,7 @@ def run(launch: Launch, parent_fd: int) -> int:
             max_context=engine.max_context,
             num_pages=engine.blocks.num_pages,
             page_tokens=config.page_tokens,
+            vocab_size=engine.vocab_size,
         )
     )
     try:

@@ -88,6 +88,7 @@ class EngineReady(msgspec.Struct, tag="ready"):
     max_context: int
     num_pages: int
     page_tokens: int
+    vocab_size: int  # of the model; its tokenizer may know more tokens, or fewer
 
 
 class EngineFailed(msgspec.Struct, tag="failed"):

@@ -96,7 +96,9 @@ def peer(tmp_path: Path) -> Iterator[Peer]:
 
 def test_it_serves_and_shuts_down(peer: Peer) -> None:
     ready = peer.start(served_model_name="mine")
-    assert ready == EngineReady("mine", max_context=32 * 64, num_pages=32, page_tokens=64)
+    assert ready == EngineReady(
+        "mine", max_context=32 * 64, num_pages=32, page_tokens=64, vocab_size=260
+    )
     prompt = [i % 200 for i in range(150)]
     peer.send(AddRequest("a", prompt, GREEDY), AddRequest("b", [], GREEDY))
     outputs = peer.answer("a")

@@ -16,8 +16,8 @@ from tests.engine.rig import ROOT, Rig
     [
         ([], 1, "empty"),
         ([1] * 40, 1, "40 tokens.*39"),
-        ([1, 97], 1, "not in 0 … 96"),
-        ([-1], 1, "not in 0"),
+        ([1, 97], 1, "token id 97 .*give ids from 0 to 96"),
+        ([-1], 1, "token id -1 "),
         ([1], 0, "max_tokens is 0"),
     ],
     ids=["empty", "long", "token", "negative", "max_tokens"],

@@ -28,6 +28,7 @@ from kvstore_engine.messages import (
 )
 
 MAX_CONTEXT = 256
+VOCAB = 260
 SLOW_STEP_S = 0.02
 
 
@@ -134,7 +135,7 @@ def main() -> None:
     if manner in ("stubborn", "slow"):
         time.sleep(60)
     send.send(b"\xc1 is no msgpack")
-    engine.say(EngineReady(launch.engine.model, MAX_CONTEXT, 8, 64))
+    engine.say(EngineReady(launch.engine.model, MAX_CONTEXT, 8, 64, VOCAB))
     parent = os.getppid()
     while os.getppid() == parent:
         if receive.poll(0 if engine.running else 200):

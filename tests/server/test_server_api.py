@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 import pytest_asyncio
 from kvstore.errors import ConfigError
@@ -263,6 +264,30 @@ async def test_prompts_that_are_no_prompts(api: Server) -> None:
     assert error["param"] == "min_tokens"
     error = await error_of(api, "/tokenize", prompt="a", messages=HELLO)
     assert error["message"] == "give either prompt or messages"
+
+
+async def test_I11_a_token_that_only_the_tokenizer_knows_is_a_400(
+    api: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert api.engine.ready is not None
+    fewer = msgspec.structs.replace(api.engine.ready, vocab_size=259)
+    monkeypatch.setattr(api.engine, "ready", fewer)
+    added = api.counter("added_requests")
+    for path, param, body in (
+        ("/v1/completions", "prompt", {"prompt": [97, 259]}),
+        ("/v1/completions", "prompt", {"prompt": "a<|im_end|>"}),
+        ("/v1/completions", "prompt", {"prompt": ["a", [259]], "stream": True}),
+        ("/v1/completions", "stop_token_ids", {"prompt": "a", "stop_token_ids": [259]}),
+        (CHAT, "messages", {"messages": HELLO, "stream": True}),
+    ):
+        error = await error_of(api, path, **body)
+        assert error["param"] == param
+        assert "token id 259 ('<|im_end|>')" in error["message"]
+        assert "the model has only 259 tokens" in error["message"]
+    error = await error_of(api, "/v1/completions", prompt=[300])
+    assert "give ids from 0 to 258" in error["message"]
+    await api.complete(prompt=[258], max_tokens=1)
+    await until(lambda: api.counter("added_requests") == added + 1)
 
 
 async def test_I11_malformed_bodies(api: Server) -> None:

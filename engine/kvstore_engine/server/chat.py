@@ -76,6 +76,7 @@ async def chat(service: Service, request: Request) -> Response:
     tokens = await chat_tokens(
         service, body.messages, add_generation_prompt=body.add_generation_prompt
     )
+    service.check_tokens(tokens, "messages")
     params = service.sampling(
         body,
         len(tokens),

@@ -95,7 +95,7 @@ async def complete(service: Service, request: Request) -> Response:
 
 async def _tokens(service: Service, prompt: str | list[int], body: CompletionBody) -> list[int]:
     if isinstance(prompt, str):
-        return await service.encode(prompt, add_special_tokens=body.add_special_tokens)
+        prompt = await service.encode(prompt, add_special_tokens=body.add_special_tokens)
     service.check_tokens(prompt)
     return prompt
 

@@ -63,15 +63,24 @@ class Service:
         )
 
     def check_tokens(self, tokens: Sequence[int], param: str = "prompt") -> None:
-        """ApiError for ids that the model does not know."""
-        if len(tokens) > self.ready().max_context:
-            return  # refused for its length, whatever is in it
-        size = self.tokenizer.vocab_size
-        wrong = next((token for token in tokens if not 0 <= token < size), None)
-        if wrong is not None:
+        """ApiError for ids that the tokenizer or the model does not know."""
+        known, computed = self.tokenizer.vocab_size, self.ready().vocab_size
+        size = min(known, computed)
+        if not tokens or 0 <= min(tokens) <= max(tokens) < size:
+            return
+        wrong = next(token for token in tokens if not 0 <= token < size)
+        if computed <= wrong < known:
             raise bad_request(
-                f"token id {wrong} is not in the vocabulary of {size} tokens", param=param
+                f"token id {wrong} ({self.tokenizer.token_text(wrong)!r}) is in the vocabulary of "
+                f"the tokenizer, but the model has only {computed} tokens; leave it out, or serve "
+                "the model with the tokenizer that belongs to it",
+                param=param,
             )
+        raise bad_request(
+            f"token id {wrong} is not in the vocabulary of {size} tokens; give ids from 0 to "
+            f"{size - 1}",
+            param=param,
+        )
 
     def sampling(
         self,
