@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import stat
 from pathlib import Path
 
 from kvstore.faultpoint import faultpoint
@@ -38,3 +39,13 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def private_directory(path: Path) -> None:
+    """Makes a directory that its owner alone can enter, and lets the owner into one that is there.
+
+    Not left to LMDB: it gives the directory the mode of its files, which nobody but root can enter.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
+    if not path.stat().st_mode & stat.S_IXUSR:
+        path.chmod(0o700)

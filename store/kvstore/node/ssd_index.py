@@ -10,7 +10,7 @@ from typing import Any
 
 import lmdb
 
-from kvstore.durable import sync_directory
+from kvstore.durable import private_directory, sync_directory
 from kvstore.errors import ConfigError, CorruptError, KVStoreError
 from kvstore.node.index_pages import PAGE_BYTES_MAX, IndexPages, read_metas
 from kvstore.node.ssd_file import DATA_NAME
@@ -125,9 +125,11 @@ class SsdIndex:
         self, folder: Path, map_bytes: int, node_id: str | None, *, create: bool, **options: bool
     ) -> None:
         self.path = folder / INDEX_NAME
-        if _exists(folder):
-            _prove(self.path)
         try:
+            if create:
+                private_directory(self.path)
+            if _exists(folder):
+                _prove(self.path)
             self._env = lmdb.open(
                 str(self.path), map_size=map_bytes, max_dbs=3, mode=0o600, create=create, **options
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 import lmdb
 from kvstore_proto import admin_pb2, master_pb2
 
+from kvstore.durable import private_directory
 from kvstore.errors import ConfigError, ResourceExhaustedError
 from kvstore.master.state.base import FORMAT_VERSION, NAMESPACES_MAX, NODES_MAX, KnownNode
 
@@ -48,10 +49,11 @@ class LmdbState:
 
     def _open(self, directory: Path) -> None:
         try:
+            private_directory(directory / "state")
             self._env = lmdb.open(
                 str(directory / "state"), map_size=MAP_BYTES, max_dbs=3, mode=0o600
             )
-        except lmdb.Error as error:
+        except (lmdb.Error, OSError) as error:
             raise ConfigError(
                 f"data_dir {directory}: the state cannot be opened: {error}"
             ) from None
