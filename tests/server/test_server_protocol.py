@@ -56,6 +56,27 @@ def test_null_means_the_default() -> None:
     assert body == completion()
 
 
+def test_null_means_the_default_in_parts_of_a_body_too() -> None:
+    options = {"include_usage": None, "continuous_usage_stats": None}
+    assert completion(stream_options=options) == completion()
+    unused = dict.fromkeys(("refusal", "tool_calls", "function_call", "audio", "name"))
+    part = {"type": "text", "text": "b", "annotations": None}
+    history = [
+        {"role": "assistant", "content": "a"} | unused,
+        {"role": "user", "content": [part]},
+    ]
+    body = parse_body(msgspec.json.encode({"messages": history}), ChatBody)
+    assert [message.text for message in body.messages] == ["a", "b"]
+
+
+def test_null_for_a_required_field_is_a_missing_field() -> None:
+    assert refused({"prompt": None}).message == "prompt is missing"
+    error = refused({"messages": [{"role": "assistant", "content": None}]}, ChatBody)
+    assert error.message == "messages.0.content is missing"
+    error = refused({"messages": [{"role": "user", "content": "a", "tool_calls": []}]}, ChatBody)
+    assert error.message == "unknown field 'messages.0.tool_calls'"
+
+
 def test_neutral_values_of_unsupported_fields_pass() -> None:
     neutral: dict[str, Any] = {"presence_penalty": 0.0, "logit_bias": {}, "best_of": 1, "user": "u"}
     assert completion(**neutral) == completion()

@@ -4,7 +4,14 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from starlette.requests import ClientDisconnect
 
 from kvstore_engine.server.errors import ApiError, bad_request
@@ -94,6 +101,14 @@ def _top_k(value: object) -> object:
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: object) -> object:
+        """JSON null means the default, as OpenAI's clients have it; also in a part of a body."""
+        if not isinstance(value, dict):
+            return value
+        return {name: given for name, given in value.items() if given is not None}
 
 
 class StreamOptions(_Body):
@@ -206,7 +221,7 @@ def parse_body(data: bytes, kind: type[BodyT]) -> BodyT:
 
 
 def _supported(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields that count. JSON null means the default, as OpenAI's clients have it."""
+    """The fields that count, without those that say nothing."""
     kept = {}
     for name, value in values.items():
         if value is None or name in _IGNORED:
