@@ -64,6 +64,11 @@ class Tokenizer:
         entry = self._backend.id_to_token(token)
         return b"" if entry is None else token_bytes(entry)
 
+    def spelling(self, token: int) -> bytes:
+        """Bytes of one token on its own: a part of a character as it is, special ones by name."""
+        data = self.token_bytes(token) if self.byte_level else b""
+        return data or self.token_text(token).encode()
+
     def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = True) -> str:
         """The text of a conversation, special tokens included: encode it without adding more.
 

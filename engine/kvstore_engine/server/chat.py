@@ -62,8 +62,11 @@ class ChatFormat:
         }
 
     def _token(self, token: int, logprob: float) -> Json:
-        text = self.tokenizer.token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {
+            "token": self.tokenizer.token_text(token),
+            "logprob": logprob,
+            "bytes": list(self.tokenizer.spelling(token)),
+        }
 
 
 async def chat(service: Service, request: Request) -> Response:

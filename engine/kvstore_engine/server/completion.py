@@ -1,7 +1,7 @@
 """POST /v1/completions."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import Request
 from starlette.responses import Response
@@ -11,9 +11,23 @@ from kvstore_engine.server.generation import Delta, Generation, Job
 from kvstore_engine.server.protocol import CompletionBody, read_body
 from kvstore_engine.server.responses import Answer, Choice, Json
 from kvstore_engine.server.service import Service
-from kvstore_engine.tokenizer import Tokenizer
+from kvstore_engine.tokenizer import DetokenizeStream, Tokenizer
 
 MAX_TOKENS_DEFAULT = 16
+
+
+@dataclass(slots=True)
+class _Written:
+    """The text of one choice so far, as far as text offsets need it."""
+
+    detokenizer: DetokenizeStream
+    chars: int = 0
+
+    def offset(self, token: int) -> int:
+        """Where the text of the next token starts; one inside a character starts with it."""
+        before = self.chars
+        self.chars += len(self.detokenizer.push([token]))
+        return before
 
 
 @dataclass(slots=True)
@@ -23,7 +37,7 @@ class CompletionFormat:
     tokenizer: Tokenizer
     show_tokens: bool
     show_logprobs: bool
-    offsets: dict[int, int]  # choice -> characters of the tokens that were written so far
+    written: dict[int, _Written] = field(default_factory=dict)  # of each choice
     id_prefix: str = "cmpl"
     whole_object: str = "text_completion"
     chunk_object: str = "text_completion"
@@ -53,20 +67,32 @@ class CompletionFormat:
         return choice
 
     def _logprobs(self, index: int, logprobs: list[TokenLogprob]) -> Json:
-        texts = [self.tokenizer.token_text(entry.token) for entry in logprobs]
-        offsets = []
-        for text in texts:
-            offsets.append(self.offsets.setdefault(index, 0))
-            self.offsets[index] += len(text)
+        if index not in self.written:
+            self.written[index] = _Written(DetokenizeStream(self.tokenizer))
+        written = self.written[index]
         return {
-            "tokens": texts,
+            "tokens": [self._name(entry.token) for entry in logprobs],
             "token_logprobs": [entry.logprob for entry in logprobs],
-            "top_logprobs": [
-                {self.tokenizer.token_text(token): value for token, value in entry.top}
-                for entry in logprobs
-            ],
-            "text_offset": offsets,
+            "top_logprobs": [self._top(entry) for entry in logprobs],
+            "text_offset": [written.offset(entry.token) for entry in logprobs],
         }
+
+    def _name(self, token: int) -> str:
+        """The token's text, or its bytes as OpenAI writes them where they are part of a text."""
+        data = self.tokenizer.spelling(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + repr(data)[2:-1]
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        """The chosen token and the likeliest others; one whose name is taken goes by its id."""
+        named = {self._name(entry.token): entry.logprob}
+        for token, value in entry.top:
+            if token != entry.token:
+                name = self._name(token)
+                named[f"token_id:{token}" if name in named else name] = value
+        return named
 
 
 async def complete(service: Service, request: Request) -> Response:
@@ -85,9 +111,7 @@ async def complete(service: Service, request: Request) -> Response:
     )
     generation = Generation(service.engine, service.tokenizer, service.metrics, job)
     generation.start(arrival_s, service.open_max)
-    form = CompletionFormat(
-        service.tokenizer, body.return_token_ids, body.logprobs is not None, offsets={}
-    )
+    form = CompletionFormat(service.tokenizer, body.return_token_ids, body.logprobs is not None)
     include_usage = body.stream_options.include_usage
     answer = Answer(generation, form, ready.model, body.return_token_ids, include_usage)
     return answer.stream() if body.stream else await answer.whole(request)
