@@ -129,3 +129,9 @@ def test_a_node_that_cannot_start_takes_the_master_down() -> None:
             assert "Traceback" not in error
         finally:
             store.clean_up()
+
+
+def test_a_blank_in_the_data_directory() -> None:
+    with short_directory() as parent, running(parent / "a b") as store:
+        assert store.endpoints["node"] == f"unix:{parent}/a b/node.sock"
+        put_prompt(store)

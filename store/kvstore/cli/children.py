@@ -59,7 +59,7 @@ class Child:
             line = raw.decode(errors="replace")
             if line.startswith(mark):
                 self._drain = asyncio.create_task(self._pass_on(self._process.stdout))
-                return line.removeprefix(mark).split()[0]
+                return line.removeprefix(mark).removesuffix("\n")
         raise await self.ended()
 
     @staticmethod
