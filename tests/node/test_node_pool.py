@@ -125,3 +125,43 @@ def test_lock_waits_for_an_owner_that_is_about_to_end(tmp_path: Path) -> None:
     timer.start()
     DirectoryLock(tmp_path / "a", patience_s=5.0).release()
     timer.join()
+
+
+@pytest.mark.parametrize("other", ["removes the directory", "takes the lock"])
+def test_another_start_may_be_as_far_with_the_same_dead_node(
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = DirectoryLock(tmp_path / "dead")
+    unlink = Path.unlink
+
+    def unlink_then_other(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        if other == "removes the directory":
+            lock.folder.rmdir()
+        else:
+            path.touch()
+
+    monkeypatch.setattr(Path, "unlink", unlink_then_other)
+    lock.release(remove=True)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(lock._descriptor)
+
+
+def test_a_dead_node_whose_files_cannot_be_removed_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        dead = tmp_path / f"kvstore-{os.getuid()}-{name}"
+        dead.mkdir()
+        (dead / "pool-1").touch()
+    unlink = Path.unlink
+
+    def refuse_a(path: Path, missing_ok: bool = False) -> None:
+        if path.parent.name.endswith("-a") and path.name == "pool-1":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse_a)
+    assert remove_dead_siblings(tmp_path / f"kvstore-{os.getuid()}-mine") == 1
+    assert [path.name[-2:] for path in tmp_path.iterdir()] == ["-a"]
+    DirectoryLock(tmp_path / f"kvstore-{os.getuid()}-a").release()

@@ -1,5 +1,6 @@
 """One owner for a directory: an flock on a file in it, gone with the process that holds it."""
 
+import contextlib
 import fcntl
 import os
 import time
@@ -42,7 +43,12 @@ class DirectoryLock:
 
     def _try(self) -> int | None:
         """The locked file's descriptor, or None while another process has it."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except FileExistsError:
+            if os.path.lexists(self.folder) and not self.folder.is_dir():
+                raise
+            return None  # it was there, and has just been removed
         path = self.folder / LOCK_NAME
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -61,8 +67,11 @@ class DirectoryLock:
 
     def release(self, *, remove: bool = False) -> None:
         """Gives the directory up; ``remove`` takes the lock file, and an empty directory, away."""
-        if remove:
-            (self.folder / LOCK_NAME).unlink(missing_ok=True)
-            if not any(self.folder.iterdir()):
-                self.folder.rmdir()
-        os.close(self._descriptor)
+        try:
+            if remove:
+                (self.folder / LOCK_NAME).unlink(missing_ok=True)
+                # From here on another process may make the lock its own, or remove the directory.
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
+        finally:
+            os.close(self._descriptor)

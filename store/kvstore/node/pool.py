@@ -46,8 +46,12 @@ def remove_dead_siblings(folder: Path) -> int:
             lock = DirectoryLock(sibling, patience_s=0.0)
         except ConfigError:
             continue
-        removed += remove_stale_files(sibling)
-        lock.release(remove=True)
+        # Of files that are not to be had, another node that starts may take care.
+        with contextlib.suppress(OSError):
+            try:
+                removed += remove_stale_files(sibling)
+            finally:
+                lock.release(remove=True)
     return removed
 
 
