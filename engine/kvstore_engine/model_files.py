@@ -25,9 +25,36 @@ def read_json_if_there(path: Path) -> dict[str, Any]:
 
 
 def end_tokens(directory: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids of the tokens that end a text, by ``config`` and by generation_config.json."""
+    """Ids of the tokens that end a text: of ``config``, generation_config.json, the tokenizer."""
     ids: list[int] = []
     for source in (config, read_json_if_there(directory / "generation_config.json")):
         value = source.get("eos_token_id")
         ids += value if isinstance(value, list) else [] if value is None else [value]
+    named = _named_end_token(directory)
+    ids += [] if named is None else [named]
     return tuple(dict.fromkeys(ids))
+
+
+def token_name(entry: Any) -> str:
+    """A token is named by a string, or by an object with its ``content``."""
+    value = entry.get("content") if isinstance(entry, Mapping) else entry
+    return value if isinstance(value, str) else ""
+
+
+def _named_end_token(directory: Path) -> int | None:
+    """The end token of tokenizer_config.json: what a chat model was trained to end its turn with,
+    where config.json still has the one of its base model.
+    """
+    settings = read_json_if_there(directory / "tokenizer_config.json")
+    name = token_name(settings.get("eos_token"))
+    if not name:
+        return None
+    for number, entry in (settings.get("added_tokens_decoder") or {}).items():
+        if token_name(entry) == name and str(number).isdecimal():
+            return int(number)
+    tokenizer = read_json_if_there(directory / "tokenizer.json")
+    for entry in tokenizer.get("added_tokens") or ():
+        if token_name(entry) == name:
+            return int(entry["id"])
+    vocab = (tokenizer.get("model") or {}).get("vocab")
+    return vocab.get(name) if isinstance(vocab, dict) else None

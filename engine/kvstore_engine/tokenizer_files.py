@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from kvstore_engine.byte_alphabet import CHARACTER_OF_BYTE
 from kvstore_engine.chat import ChatTemplate
 from kvstore_engine.gguf_fields import GgufFields, open_gguf
-from kvstore_engine.model_files import end_tokens, read_json_if_there
+from kvstore_engine.model_files import end_tokens, read_json_if_there, token_name
 from kvstore_engine.model_source import ModelLoadError, SourceKind, find_model
 from kvstore_engine.tokenizer import Tokenizer
 
@@ -65,12 +65,12 @@ def _from_directory(path: Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:
         raise ModelLoadError(f"{path / 'tokenizer.json'} is broken: {error}") from error
+    # Left over from training: the length of a prompt is the engine's affair.
+    backend.no_truncation()
+    backend.no_padding()
     settings = read_json_if_there(path / "tokenizer_config.json")
-    names = {key: _token_name(settings.get(key)) for key in ("bos_token", "eos_token")}
-    ends = list(end_tokens(path, read_json_if_there(path / "config.json")))
-    named_end = backend.token_to_id(names["eos_token"]) if names["eos_token"] else None
-    if named_end is not None and named_end not in ends:
-        ends.append(named_end)
+    names = {key: token_name(settings.get(key)) for key in ("bos_token", "eos_token")}
+    ends = end_tokens(path, read_json_if_there(path / "config.json"))
     template = _template_source(path, settings)
     return Tokenizer(
         backend,
@@ -78,12 +78,6 @@ def _from_directory(path: Path) -> Tokenizer:
         bos_token_id=backend.token_to_id(names["bos_token"]) if names["bos_token"] else None,
         chat_template=ChatTemplate(template, names) if template else None,
     )
-
-
-def _token_name(entry: Any) -> str:
-    """A token is named by a string, or by an object with its ``content``."""
-    value = entry.get("content") if isinstance(entry, Mapping) else entry
-    return value if isinstance(value, str) else ""
 
 
 def _template_source(path: Path, settings: Mapping[str, Any]) -> str | None:

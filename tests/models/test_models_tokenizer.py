@@ -11,6 +11,7 @@ import tokenizers
 from kvstore.errors import InvalidArgumentError
 from kvstore_engine.byte_alphabet import BYTE_OF_CHARACTER, CHARACTER_OF_BYTE
 from kvstore_engine.chat import ChatTemplate
+from kvstore_engine.model_files import end_tokens
 from kvstore_engine.model_source import ModelLoadError
 from kvstore_engine.tokenizer import DetokenizeStream, Tokenizer, load_tokenizer
 from tokenizers import decoders, models, pre_tokenizers
@@ -278,3 +279,45 @@ def test_chat_templates_run_in_a_sandbox_and_fail_clearly() -> None:
             ChatTemplate(source, {}).render(MESSAGES, True)
     with pytest.raises(InvalidArgumentError, match="is broken"):
         ChatTemplate("{% if %}", {})
+
+
+def save_tiny(path: Path, config_end: int, tokenizer_config: dict[str, Any]) -> None:
+    """A directory with the byte tokenizer, as training scripts leave it."""
+    backend = load_tokenizer("tiny-random")._backend
+    backend.enable_truncation(16)
+    backend.enable_padding(length=16)
+    backend.save(str(path / "tokenizer.json"))
+    backend.no_truncation()
+    backend.no_padding()
+    (path / "config.json").write_text(json.dumps({"eos_token_id": config_end}))
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+
+
+def test_truncation_and_padding_of_the_training_are_not_applied(tmp_path: Path) -> None:
+    save_tiny(tmp_path, 257, {})
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert len(tokenizer.encode("x" * 100)) == 100
+    assert tokenizer.encode("abc") == [97, 98, 99]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eos_token": "<|im_end|>"},
+        {"eos_token": {"content": "<|im_end|>"}},
+        {"eos_token": "<|im_end|>", "added_tokens_decoder": {"259": {"content": "<|im_end|>"}}},
+    ],
+)
+def test_the_end_token_of_the_tokenizer_ends_a_text(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    save_tiny(tmp_path, 257, settings)
+    assert end_tokens(tmp_path, {"eos_token_id": 257}) == (257, 259)
+    assert load_tokenizer(str(tmp_path)).eos_token_ids == (257, 259)
+
+
+def test_an_end_token_that_is_nowhere_is_none(tmp_path: Path) -> None:
+    save_tiny(tmp_path, 257, {"eos_token": "<|never|>"})
+    assert end_tokens(tmp_path, {"eos_token_id": 257}) == (257,)
+    save_tiny(tmp_path, 257, {"eos_token": "a"})
+    assert end_tokens(tmp_path, {"eos_token_id": 257}) == (257, 97), "of the vocabulary"

@@ -31,7 +31,7 @@ def load_directory(path: Path, name: str, dtype: torch.dtype) -> tuple[Decoder, 
 
 
 def directory_config(path: Path, name: str) -> ModelConfig:
-    """``config.json`` as a ModelConfig, with the end tokens of ``generation_config.json``."""
+    """``config.json`` as a ModelConfig, with the end tokens that other files name."""
     raw = read_json(path / "config.json")
     architecture = _architecture(raw, path)
     for key in ("mlp_bias", "use_sliding_window"):
@@ -58,7 +58,8 @@ def directory_config(path: Path, name: str) -> ModelConfig:
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
             attention_bias=bool(raw.get("attention_bias", False)),
             bos_token_id=raw.get("bos_token_id"),
-            eos_token_ids=end_tokens(path, raw),
+            # A tokenizer may know more tokens than the model.
+            eos_token_ids=tuple(t for t in end_tokens(path, raw) if t < int(raw["vocab_size"])),
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ModelLoadError(f"{path / 'config.json'} is not usable: {error!r}") from error
