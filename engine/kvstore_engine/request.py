@@ -44,6 +44,7 @@ class Request:
     cache: CacheUsage = field(default_factory=CacheUsage)
     asked_store_at: float | None = None
     store_overdue: bool = False  # the connector still owes this request a load
+    started: bool = False  # something of it was computed: what it finds from now on may be its own
 
     _page_table: torch.Tensor | None = None
 

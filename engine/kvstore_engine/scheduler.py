@@ -154,6 +154,7 @@ class Scheduler:
             return True
         while not self._blocks.can_allocate(need):
             victim = max(self.running, key=_arrival)
+            victim.started |= victim.num_computed > victim.cache.total
             plan.drop(victim)
             self.running.remove(victim)
             self.preemptions += 1
@@ -194,7 +195,7 @@ class Scheduler:
         request.set_pages(hits + self._blocks.allocate(need))
         request.num_computed = len(hits) * request.page_tokens
         request.num_cached = len(hits)
-        if not request.num_output:
+        if not request.started:
             request.cache = CacheUsage(hbm=request.num_computed, end_reason=source.end_reason)
         if not source.blocks:
             self._run(request)
@@ -215,7 +216,7 @@ class Scheduler:
         return BlockSource(missing, "complete")
 
     def _count_load(self, request: Request, result: LoadResult, reason: str) -> None:
-        if request.num_output:
+        if request.started:
             return  # it was preempted: its prompt has been accounted for
         request.cache.end_reason = reason
         request.cache.dram += result.tokens_by_tier.get("dram", 0)

@@ -73,6 +73,24 @@ def test_the_youngest_is_preempted_and_still_answers_right() -> None:
     rig.engine.blocks.check_idle()
 
 
+def test_what_a_prompt_computed_itself_before_it_was_preempted_is_not_cached() -> None:
+    rig = Rig(num_pages=32, max_context=128)
+    rig.add("old", [1] * 40, max_tokens=24)
+    for _ in range(3):
+        rig.step()
+    rig.add("young", [i * 7 % 90 for i in range(84)], max_tokens=2)
+    early = False
+    while rig.engine.wait_s() is not None:
+        before = rig.engine.scheduler.preemptions
+        rig.step()
+        early |= rig.engine.scheduler.preemptions > before and not rig.answers["young"].tokens
+    assert early, "preempted before its first token"
+    cache = rig.answers["young"].cache
+    assert cache is not None
+    assert cache.total == 0
+    assert rig.engine.counters.cached_tokens["hbm"] == 0
+
+
 def test_recompute_after_preemption_is_a_load_from_the_store() -> None:
     connector = FakeConnector(ROOT)
     rig = Rig(connector, num_pages=12, max_batch_tokens=32, max_context=32)
