@@ -1,6 +1,6 @@
 """Which blocks are in the engine's own pages: known here, told to the master."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from threading import Lock
 
 
@@ -8,7 +8,8 @@ class HbmBlocks:
     """Keys in the engine's prefix cache, and what the node has not been told yet.
 
     Changed by the engine loop, reported by the link's thread. A change since the last report is
-    held once per key, so it is bounded by what is in pages and what left them in between.
+    held once per key, so it is bounded by what is in pages and what left them in between; while
+    nobody is there to be told, only what is in pages is kept.
     """
 
     def __init__(self) -> None:
@@ -17,15 +18,16 @@ class HbmBlocks:
         self._resync = True
         self._lock = Lock()
 
-    def change(self, stored: Iterable[bytes], removed: Iterable[bytes]) -> None:
+    def change(self, stored: Sequence[bytes], removed: Sequence[bytes]) -> None:
         """Takes in what came and what left."""
         with self._lock:
             for key in removed:
                 self.keys.discard(key)
-                self._changed[key] = False
             for key in stored:
                 self.keys.add(key)
-                self._changed[key] = True
+            if not self._resync:
+                self._changed.update(dict.fromkeys(removed, False))
+                self._changed.update(dict.fromkeys(stored, True))
 
     def leading(self, keys: Sequence[bytes]) -> int:
         """How many leading ``keys`` are in pages."""
@@ -36,7 +38,9 @@ class HbmBlocks:
 
     def lost(self) -> None:
         """The node that was told is gone: tell everything again."""
-        self._resync = True
+        with self._lock:
+            self._resync = True
+            self._changed.clear()
 
     def take(self) -> tuple[list[bytes], list[bytes], bool]:
         """What to report: keys stored, keys removed, and whether to forget all others first."""

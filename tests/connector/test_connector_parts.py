@@ -100,6 +100,19 @@ def test_the_outbox_wakes_once_and_loses_nothing() -> None:
     assert outbox.drain().pages == [4, 5]
 
 
+def test_what_nobody_is_told_takes_no_memory() -> None:
+    hbm = HbmBlocks()
+    for number in range(1000):
+        hbm.change([bytes([number % 256]) * 32], [bytes([(number - 1) % 256]) * 32])
+    assert len(hbm._changed) == 0
+    assert hbm.take() == ([bytes([999 % 256]) * 32], [], True)
+    hbm.change([b"a" * 32], [])
+    hbm.lost()
+    assert len(hbm._changed) == 0
+    hbm.change([b"b" * 32], [bytes([999 % 256]) * 32])
+    assert sorted(hbm.take()[0]) == [b"a" * 32, b"b" * 32]
+
+
 def test_hbm_changes_are_told_once_and_in_their_last_state() -> None:
     hbm = HbmBlocks()
     hbm.change([b"a", b"b"], [])
