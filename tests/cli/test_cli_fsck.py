@@ -120,6 +120,11 @@ def test_a_broken_index_exits_with_1(folder: Path, capsys: pytest.CaptureFixture
     os.truncate(folder / "index" / "data.mdb", 3 * 4096)
     assert run(str(folder)) == 1
     assert f"kvstore fsck {folder} --repair" in capsys.readouterr().err
+    assert run(str(folder), "--json") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["clean"], report["repaired"]) == (False, False)
+    assert f"SSD index {folder / 'index'}: page " in report["index_damage"]
+    assert (report["data_bytes"], report["data_bytes_noted"]) == (FILE_BYTES, None)
     assert run(str(folder), "--repair") == 1
     out = capsys.readouterr().out
     assert "A new index was made of" in out

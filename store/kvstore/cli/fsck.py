@@ -12,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from kvstore.cli.options import JsonOption
 from kvstore.cli.output import console, count, print_json, short, size, table
 from kvstore.core.fsck import Finding, count_faults
+from kvstore.errors import CorruptError
 from kvstore.node import fsck as check
 from kvstore.node.index_rebuild import DAMAGED_NAME
 from kvstore.node.ssd_index import INDEX_NAME
@@ -50,8 +51,13 @@ def fsck(
       [cyan]kvstore fsck /var/lib/kvstore/ssd --repair[/cyan]
       [cyan]kvstore fsck /var/lib/kvstore/ssd --json | jq .faults[/cyan]
     """
-    with _progress() as progress:
-        report = check.fsck(folder, repair=repair, progress=progress)
+    try:
+        with _progress() as progress:
+            report = check.fsck(folder, repair=repair, progress=progress)
+    except CorruptError as error:
+        if as_json:
+            print_json(report_json(check.unreadable(folder, error)))
+        raise
     if as_json:
         print_json(report_json(report))
     else:

@@ -38,7 +38,7 @@ class Report:
     data_bytes: int | None
     data_bytes_noted: int | None
     repaired: bool
-    index_damage: str = ""  # why a new index was made of the old one's records
+    index_damage: str = ""  # of the old index; without ``repaired`` it kept records from being read
 
     @property
     def wrong_size(self) -> bool:
@@ -78,6 +78,12 @@ def fsck(folder: Path, *, repair: bool, progress: Progress) -> Report:
         return dataclasses.replace(report, repaired=True, index_damage=damage)
 
 
+def unreadable(folder: Path, damage: CorruptError) -> Report:
+    """The report on a directory whose records a damaged index keeps from being read."""
+    data_bytes = _data_bytes(folder / DATA_NAME)
+    return Report(folder, 0, 0, (), data_bytes, None, repaired=False, index_damage=str(damage))
+
+
 def _open(folder: Path, *, repair: bool) -> tuple[SsdIndex, str]:
     """The index, and why it is a new one if it had to be made."""
     try:
@@ -91,13 +97,17 @@ def _open(folder: Path, *, repair: bool) -> tuple[SsdIndex, str]:
 
 def _check(folder: Path, index: SsdIndex, progress: Progress) -> Report:
     path = folder / DATA_NAME
-    data_bytes = path.stat().st_size if path.is_file() else None
+    data_bytes = _data_bytes(path)
     keys, values = index.entries()
     examination = Examination(keys, values, _block_bytes(index), data_bytes or 0)
     read_bytes = _read_all(path, examination, progress) if examination.sound else 0
     noted = index.data_bytes()
     findings = examination.finish()
     return Report(folder, len(keys), read_bytes, findings, data_bytes, noted, repaired=False)
+
+
+def _data_bytes(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def _block_bytes(index: SsdIndex) -> dict[bytes, int | None]:
