@@ -25,6 +25,7 @@ class AnyDataclass(Protocol):
 ConfigT = TypeVar("ConfigT", bound=AnyDataclass)
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B?|B)?", re.IGNORECASE)
+SIZE_END = 1 << 63  # bytes; what files and messages can say is below it
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _BOOLS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
@@ -39,13 +40,19 @@ def parse_size(value: str | int) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 0:
             raise ConfigError(f"size {value} is negative")
-        return value
+        return _in_range(value, value)
     match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None:
         raise ConfigError(f"size {value!r} is not understood; write it like 512MiB or 2GB")
     unit = (match[2] or "").lower().removesuffix("b")
     base = 1024 if unit.endswith("i") else 1000
-    return int(float(match[1]) * base ** _POWERS[unit.removesuffix("i")])
+    return _in_range(float(match[1]) * base ** _POWERS[unit.removesuffix("i")], value)
+
+
+def _in_range(nbytes: float, written: str | int) -> int:
+    if nbytes >= SIZE_END:
+        raise ConfigError(f"size {str(written)[:40]} is out of range; the most is 8388607TiB")
+    return int(nbytes)
 
 
 def format_size(value: int) -> str:

@@ -45,7 +45,17 @@ def test_parse_size(text: str | int, expected: int) -> None:
     assert parse_size(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "1 potato", -1, True, 1.5])
+TOO_LARGE = ["99999999TiB", "8388608TiB", "9" * 400, "9" * 5000 + "GiB", 1 << 63]
+
+
+@pytest.mark.parametrize("text", TOO_LARGE, ids=lambda text: str(text)[:12])
+def test_a_size_beyond_what_a_message_holds(text: str | int) -> None:
+    with pytest.raises(ConfigError, match="out of range; the most is 8388607TiB"):
+        parse_size(text)
+    assert parse_size("8388607TiB") == 8388607 << 40
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1 potato", -1, True, 1.5, *TOO_LARGE])
 def test_parse_size_refuses(text: str | int) -> None:
     with pytest.raises(ConfigError):
         parse_size(text)
