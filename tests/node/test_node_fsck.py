@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,35 @@ async def test_I8_a_rebuild_that_is_killed_is_repeated(
                 run(folder, repair=True)
     assert run(folder, repair=True).records == BLOCKS
     assert run(folder).clean
+
+
+def everything_in(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
+@pytest.mark.parametrize("whole", [False, True], ids=["index file", "index directory"])
+async def test_a_rebuilt_index_belongs_to_the_user_of_the_old_one(
+    keys: list[bytes], folder: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    lose_the_root(folder / "index" / "data.mdb")
+    if whole:
+        shutil.rmtree(folder / "index")
+    for path in (folder, *everything_in(folder)):
+        os.chown(path, 12345, 12346)
+    before = everything_in(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "chown", refuse)
+        with pytest.raises(ConfigError, match=r"user id 12345, .*: repair it as that user"):
+            run(folder, repair=True)
+    assert everything_in(folder) - before <= {folder / "index.new"}
+    run(folder, repair=True)
+    assert (folder / "index" / "lock.mdb").exists()
+    owners = {(path.stat().st_uid, path.stat().st_gid) for path in everything_in(folder)}
+    assert owners == {(12345, 12346)}
 
 
 async def test_an_index_that_cannot_be_opened(keys: list[bytes], folder: Path) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from kvstore.node.ssd_index import HEAD_BYTES, INDEX_NAME, NODE_KEY, SsdIndex
 DAMAGED_NAME = "data.mdb.damaged"
 NEW_NAME = "index.new"
 FILE_NAME = "data.mdb"
+LOCK_NAME = "lock.mdb"
 PAGE_BYTES = 4096  # where the meta pages do not say it
 NODE_ID_BYTES_MAX = 128
 
@@ -38,7 +39,8 @@ def rebuild_index(folder: Path) -> int:
 
     A record is taken if it has its checksum; whether the data file has its bytes is for the
     caller to see. The damaged file is kept beside the new one as ``data.mdb.damaged``. A record
-    that was removed not long ago may be back. Killed anywhere, it can be run again.
+    that was removed not long ago may be back. The new one belongs to the old one's user;
+    ConfigError, and nothing is replaced, where it cannot. Killed anywhere, it can be run again.
     """
     path = folder / INDEX_NAME / FILE_NAME
     try:
@@ -46,12 +48,19 @@ def rebuild_index(folder: Path) -> int:
         new = folder / NEW_NAME
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(mode=0o700)
+        owner = _owner(path, folder)
+        _give([new], owner, path)
         index = SsdIndex(new, len(saved.records), saved.node_id)
         for root, encoded in saved.namespaces.items():
             index.add_namespace(root, encoded)
         index.apply(sorted(saved.records.items()))
         index.close()
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        _give(new.rglob("*"), owner, path)
+        if not path.parent.exists():
+            path.parent.mkdir(mode=0o700)
+            _give([path.parent], owner, path)
+        if not (lock := path.with_name(LOCK_NAME)).exists():
+            os.replace(new / INDEX_NAME / LOCK_NAME, lock)
         with contextlib.suppress(FileNotFoundError):
             path.with_name(DAMAGED_NAME).unlink()
         with contextlib.suppress(FileNotFoundError):
@@ -63,6 +72,28 @@ def rebuild_index(folder: Path) -> int:
     except OSError as error:
         raise ConfigError(f"SSD index {path}: {error.strerror}") from None
     return len(saved.records)
+
+
+def _owner(path: Path, folder: Path) -> os.stat_result:
+    """Of the index file, or of what is there of the directories that it is to be in."""
+    for place in (path, path.parent):
+        with contextlib.suppress(FileNotFoundError):
+            return place.stat()
+    return folder.stat()
+
+
+def _give(places: Iterable[Path], owner: os.stat_result, path: Path) -> None:
+    """Makes them the user's whose node is to open them; ConfigError where that is not allowed."""
+    for place in places:
+        if place.stat().st_uid == owner.st_uid:
+            continue
+        try:
+            os.chown(place, owner.st_uid, owner.st_gid)
+        except OSError as error:
+            raise ConfigError(
+                f"SSD index {path} belongs to user id {owner.st_uid}, to whom a new one cannot be "
+                f"given ({error.strerror}): repair it as that user or as root"
+            ) from None
 
 
 def _saved(path: Path) -> Saved:
