@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import lmdb
 import pytest
 from kvstore.errors import ConfigError, ResourceExhaustedError
+from kvstore.master.cluster import Cluster
 from kvstore.master.config import MasterConfig
 from kvstore.master.membership import Membership, NodeLink, NodeState
 from kvstore.master.state.base import KnownNode
@@ -62,6 +65,33 @@ def test_a_directory_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken" / "state" / "data.mdb").write_bytes(b"junk" * 4096)
     with pytest.raises(ConfigError, match="cannot be opened"):
         LmdbState(tmp_path / "broken")
+
+
+@contextlib.contextmanager
+def no_write_succeeds() -> Iterator[None]:
+    """As on a full disk: the system refuses every byte that this process writes to a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_master_on_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("kvstore.master.state.lmdb.MAP_BYTES", 2 * 4096)
+        with pytest.raises(ConfigError, match=r"data_dir .* cannot be read and written.*space"):
+            LmdbState(tmp_path)
+    config = MasterConfig(data_dir=tmp_path)
+    with contextlib.closing(LmdbState(tmp_path)) as state:
+        with no_write_succeeds():
+            with pytest.raises(ConfigError, match=r"data_dir .* cannot be written.*free space"):
+                Cluster(config, state)
+            with pytest.raises(ResourceExhaustedError, match="cannot be written"):
+                state.raise_epoch(7)
+        assert state.epoch == 0
+        assert Cluster(config, state).epoch == 1
 
 
 def test_I7_state_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import time
 
 from kvstore_proto import master_pb2
 
-from kvstore.errors import ResourceExhaustedError
+from kvstore.errors import ConfigError, ResourceExhaustedError
 from kvstore.master.cluster_index import ClusterIndex
 from kvstore.master.config import MasterConfig
 from kvstore.master.membership import Node, NodeLink
@@ -20,11 +20,11 @@ class Cluster:
     """Owns everything that the services answer from. Lives on one event loop."""
 
     def __init__(self, config: MasterConfig, state: MasterState) -> None:
-        """Begins a new epoch, durable before anybody hears of it."""
+        """Begins a new epoch, durable before anybody hears of it; ConfigError if it cannot be."""
         self.config = config
         self.started = time.monotonic()
         self.metrics = MasterMetrics()
-        self.index = ClusterIndex(config, state.nodes(), state.raise_epoch(), self.metrics)
+        self.index = ClusterIndex(config, state.nodes(), _first_epoch(config, state), self.metrics)
         self.locations = self.index.locations
         self.members = self.index.members
         self.watchers = self.index.watchers
@@ -95,3 +95,12 @@ class Cluster:
             newer = await asyncio.to_thread(self._state.raise_epoch, epoch)
         log.warning("a node had seen epoch %d; this is epoch %d now", epoch, newer)
         self.index.outgrew(newer)
+
+
+def _first_epoch(config: MasterConfig, state: MasterState) -> int:
+    try:
+        return state.raise_epoch()
+    except ResourceExhaustedError as error:
+        raise ConfigError(
+            f"data_dir {config.data_dir}: {error}; look at the device and its free space"
+        ) from None

@@ -57,11 +57,17 @@ class LmdbState:
             raise ConfigError(
                 f"data_dir {directory}: the state cannot be opened: {error}"
             ) from None
-        self._meta = self._env.open_db(b"meta")
-        self._namespaces = self._env.open_db(b"namespaces")
-        self._nodes = self._env.open_db(b"nodes")
         try:
+            self._meta = self._env.open_db(b"meta")
+            self._namespaces = self._env.open_db(b"namespaces")
+            self._nodes = self._env.open_db(b"nodes")
             self._check_format(directory)
+        except lmdb.Error as error:
+            self._env.close()
+            raise ConfigError(
+                f"data_dir {directory}: the state cannot be read and written: {error}; look at "
+                "the device and its free space"
+            ) from None
         except BaseException:
             self._env.close()
             raise
@@ -86,11 +92,17 @@ class LmdbState:
             return int(_U64.unpack(txn.get(_EPOCH, _U64.pack(0)))[0])
 
     def raise_epoch(self, at_least: int = 0) -> int:
-        """Makes the epoch one more than the newest and than ``at_least``."""
-        with self._env.begin(write=True, db=self._meta) as txn:
-            newest = _U64.unpack(txn.get(_EPOCH, _U64.pack(0)))[0]
-            epoch = max(newest, at_least) + 1
-            txn.put(_EPOCH, _U64.pack(epoch))
+        """Makes the epoch one more than the newest and than ``at_least``.
+
+        ResourceExhaustedError if it cannot be written; then it stays as it was.
+        """
+        try:
+            with self._env.begin(write=True, db=self._meta) as txn:
+                newest = _U64.unpack(txn.get(_EPOCH, _U64.pack(0)))[0]
+                epoch = max(newest, at_least) + 1
+                txn.put(_EPOCH, _U64.pack(epoch))
+        except lmdb.Error as error:
+            raise ResourceExhaustedError(f"the cluster state cannot be written: {error}") from None
         return int(epoch)
 
     def namespaces(self) -> list[master_pb2.NamespaceReport]:
