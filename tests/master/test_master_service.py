@@ -160,6 +160,34 @@ async def test_I5_the_epoch_outgrows_what_any_node_has_seen(make_master: MakeMas
         assert (await master.node()).welcome.cluster_epoch == 43
 
 
+async def test_I5_an_epoch_far_above_the_master_s_is_refused(make_master: MakeMaster) -> None:
+    step = 1 << 20
+    async with make_master() as master:
+        good = await master.node("good")
+        for epoch in (step + 2, (1 << 62) + 1, (1 << 64) - 1):
+            with pytest.raises(
+                grpc.RpcError,
+                match=rf"INVALID_ARGUMENT.* {epoch} .* epoch 1 of .* restart the",
+            ):
+                await master.node("bad", epoch=epoch)
+        assert master.cluster.epoch == 1
+        assert list(master.cluster.members.nodes) == ["good"]
+        assert (await master.node("other", epoch=step + 1)).welcome.cluster_epoch == step + 2
+        assert (await good.directive()).welcome.cluster_epoch == step + 2
+        assert (await master.node("again", epoch=step + 2)).welcome.cluster_epoch == step + 2
+
+
+async def test_I5_a_node_at_the_epoch_of_its_master_is_let_in_however_high(
+    make_master: MakeMaster,
+) -> None:
+    async with make_master() as master:
+        high = master.cluster._state.raise_epoch(1 << 62)
+    async with make_master() as master:
+        for node_id, epoch in (("older", high), ("same", high + 1)):
+            node = await master.node(node_id, epoch=epoch)
+            assert node.welcome.cluster_epoch == high + 1
+
+
 @pytest.mark.parametrize(
     ("report", "code", "says"),
     [

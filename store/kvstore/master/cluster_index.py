@@ -18,6 +18,7 @@ from kvstore.master.watch import Watchers
 
 log = logging.getLogger(__name__)
 
+EPOCH_STEP_MAX = 1 << 20  # a master begins one epoch a start
 RESYNCS_MAX = 3
 PROBLEMS_MAX = 8  # of one node
 PROBLEM_CHARS_MAX = 1024
@@ -80,7 +81,16 @@ class ClusterIndex:
     # The epoch
 
     def must_outgrow(self, seen: int) -> bool:
-        """Whether a node has seen an epoch, from another master, that is newer than ours."""
+        """Whether a node has seen an epoch, from another master, that is newer than ours.
+
+        InvalidArgumentError if it is so much newer that no master's starts can explain it: the
+        step would be durable, and a few like it the end of all epochs.
+        """
+        if seen > self.epoch + EPOCH_STEP_MAX:
+            raise InvalidArgumentError(
+                f"cluster epoch {seen} is more than {EPOCH_STEP_MAX} above epoch {self.epoch} of "
+                "this master; restart the node: it takes this master's epoch then"
+            )
         return seen > self.epoch
 
     def outgrew(self, epoch: int) -> None:

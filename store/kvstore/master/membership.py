@@ -19,7 +19,6 @@ from kvstore.errors import (
 from kvstore.master.state.base import KnownNode
 
 PROTOCOL_VERSION = 1
-EPOCH_MAX = 1 << 62
 ADDRESS_CHARS_MAX = 1024
 DIRECTIVES_QUEUED_MAX = 1024
 _NODE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
@@ -118,8 +117,6 @@ def check_hello(hello: master_pb2.NodeHello) -> None:
         raise InvalidArgumentError(
             f"node id {hello.node_id[:200]!r}; take 1 to 128 letters, digits and ._:-"
         )
-    if hello.cluster_epoch > EPOCH_MAX:
-        raise InvalidArgumentError(f"cluster epoch {hello.cluster_epoch} is out of range")
     if max(map(len, (hello.address, hello.hostname, hello.version))) > ADDRESS_CHARS_MAX:
         raise InvalidArgumentError(
             f"node {hello.node_id}: a name has over {ADDRESS_CHARS_MAX} characters"
