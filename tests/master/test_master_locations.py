@@ -100,6 +100,26 @@ def test_a_full_index_refuses_new_keys_only() -> None:
     assert index.entries == 5
 
 
+def test_a_full_index_is_not_gone_through_for_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = Locations(keys_max=1000)
+    place = index.place("a", Tier.DRAM, ROOT)
+    passes: list[int] = []
+    find = index._oldest_ghosts
+
+    def counted(count: int) -> list[bytes]:
+        passes.append(count)
+        return find(count)
+
+    monkeypatch.setattr(index, "_oldest_ghosts", counted)
+    assert index.stored(place, keys(*range(3000))) == 2000
+    assert index.stored(place, keys(*range(2000))) == 1000
+    assert not passes, "without ghosts there is nothing to be found"
+    index.removed(place, keys(*range(100)))
+    assert index.stored(place, keys(*range(1000, 1200))) == 100
+    assert passes == [100], "one pass for all ghosts"
+    assert (index.entries, index.ghosts) == (1000, 0)
+
+
 def test_I7_ghosts_are_bounded() -> None:
     index = Locations(ghosts_max=100)
     place = index.place("a", Tier.DRAM, ROOT)

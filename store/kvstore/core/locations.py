@@ -16,6 +16,7 @@ from kvstore.core.types import EndReason, Tier
 
 GHOST_KEYS_MAX = 1 << 17
 TRIM_KEYS = 16_384  # a few milliseconds
+PASS_KEYS_PER_GHOST = 4096  # that are gone through for each ghost found, at most
 KEY_OBJECT_BYTES = 80  # a bytes object of 32, as the allocator rounds it up
 
 
@@ -107,11 +108,11 @@ class Locations:
             new = old.with_place.get(place) or self._add(old, place)
             if new is old:
                 continue
-            if old is never and len(table) >= self._keys_max:
-                self._forget(self._oldest_ghosts(self._ghosts_max + 1))
-                if len(table) >= self._keys_max:
-                    refused += 1
-                    continue
+            full = old is never and len(table) >= self._keys_max
+            # Once there is no room there is none for the rest of these keys either.
+            if full and (refused or not self._make_room()):
+                refused += 1
+                continue
             table[key] = new
             old.keys -= 1
             new.keys += 1
@@ -310,6 +311,21 @@ class Locations:
             self._surplus = self._oldest_ghosts(self.ghosts - self._ghosts_max // 2)
         self._forget(self._surplus[-keys:])
         del self._surplus[-keys:]
+
+    def _make_room(self) -> bool:
+        """Forgets ghosts until a full index has room for a key; False where there are too few.
+
+        They are found by a pass over the index, which is made only where it finds many: a full
+        index without ghosts would go through all of itself for every key that it refuses.
+        """
+        while len(self._table) >= self._keys_max:
+            if not self._surplus:
+                if self.ghosts <= len(self._table) // PASS_KEYS_PER_GHOST:
+                    return False
+                self._surplus = self._oldest_ghosts(self.ghosts)[::-1]
+            self._forget(self._surplus[-1:])
+            del self._surplus[-1:]
+        return True
 
     def _oldest_ghosts(self, count: int) -> list[bytes]:
         return [key for key, group in self._table.items() if not group.places][:count]
