@@ -1,9 +1,15 @@
 """Which blocks are written to SSD, and what becomes of those that are passed over."""
 
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
+from kvstore.core.admission.base import SsdSpace
+from kvstore.core.admission.reuse import ReusePolicy
 from kvstore.core.admission.sketch import COUNT_MAX, FrequencySketch
 from kvstore.core.effects import End
+from kvstore.core.table import Table
 from kvstore.core.types import AckLevel, EndReason, ReserveStatus, Tier
 from kvstore.errors import ConfigError
 
@@ -166,6 +172,14 @@ def test_sketch_counts_bounds_and_forgets() -> None:
     assert sketch.estimate(words[:1])[0] == COUNT_MAX
     sketch.add(words[:1], 1)
     assert sketch.estimate(words[:2]).tolist() == [COUNT_MAX // 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "width"), [(100, 1 << 18), (1_000_000, 1 << 20), (1 << 40, 1 << 24)]
+)
+def test_the_sketch_of_a_large_table_is_large(rows: int, width: int) -> None:
+    table = cast(Table, SimpleNamespace(rows_max=rows))
+    assert ReusePolicy(table, cast(SsdSpace, None))._sketch._counts.shape == (4, width)
 
 
 def test_without_an_ssd_nothing_is_asked_about() -> None:

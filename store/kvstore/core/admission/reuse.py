@@ -6,7 +6,7 @@ from kvstore.core.admission.base import AdmissionPolicy, SsdSpace
 from kvstore.core.admission.sketch import FrequencySketch, Words
 from kvstore.core.table import Mask, Rows, Table
 
-WIDTH = 1 << 18
+WIDTH_MIN, WIDTH_MAX = 1 << 18, 1 << 24  # counters of one byte, four times as many in all
 SAMPLE_PER_BLOCK = 10
 _SAMPLE_MIN = 10_000
 
@@ -22,7 +22,10 @@ class ReusePolicy(AdmissionPolicy):
 
     def __init__(self, table: Table, ssd: SsdSpace) -> None:
         super().__init__(table, ssd)
-        self._sketch = FrequencySketch(WIDTH)
+        # A counter for each block that there can be: with fewer, keys that share all of theirs
+        # with others look used, and everything is let in.
+        self._width = min(WIDTH_MAX, max(WIDTH_MIN, 1 << (table.rows_max - 1).bit_length()))
+        self._sketch = FrequencySketch(self._width)
 
     def stored(self, rows: Rows, returning: Mask) -> Mask:
         """Those that are worth more than what goes for them."""
@@ -39,7 +42,8 @@ class ReusePolicy(AdmissionPolicy):
         return admitted
 
     def _count(self, rows: Rows) -> None:
-        sample = max(_SAMPLE_MIN, SAMPLE_PER_BLOCK * len(self.table))
+        blocks = min(len(self.table), self._width)
+        sample = max(_SAMPLE_MIN, SAMPLE_PER_BLOCK * blocks)
         self._sketch.add(self._words(np.unique(rows)), sample)
 
     def _worth(self, rows: Rows) -> Mask:
