@@ -14,7 +14,7 @@ from tests.sim.__main__ import run
 
 SEEDS = size(1_000, 20_000, 200_000)
 STEPS = 500
-CHUNKS = 8
+CHUNKS = 16
 ROOT = Path(__file__).parents[2]
 COUNTS = ("seeds", "steps", "faults", "reads", "synced_acks", "discarded", "lost", "wrong")
 
