@@ -157,8 +157,7 @@ class Lease:
         first, whole = self.granted, True
         for run in granted.runs:
             end = run.first + run.count
-            if run.first != self.granted:
-                whole = False  # what was released before it came is passed over
+            whole &= run.first == self.granted  # else what was released before it came is left out
             gap = self._released[self.granted : run.first]
             if run.first < self.granted or end > self.count or not (whole or gap.all()):
                 self._fail(f"run {run.first}+{run.count} after block {self.granted}")

@@ -21,10 +21,8 @@ class HbmBlocks:
     def change(self, stored: Sequence[bytes], removed: Sequence[bytes]) -> None:
         """Takes in what came and what left."""
         with self._lock:
-            for key in removed:
-                self.keys.discard(key)
-            for key in stored:
-                self.keys.add(key)
+            self.keys.difference_update(removed)
+            self.keys.update(stored)
             if not self._resync:
                 self._changed.update(dict.fromkeys(removed, False))
                 self._changed.update(dict.fromkeys(stored, True))

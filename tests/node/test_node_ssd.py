@@ -6,92 +6,15 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import xxhash
 from kvstore.core.effects import DropSsd, ReadSsd, WriteSsd
 from kvstore.core.ssd_columns import decode_many
-from kvstore.core.ssd_record import NO_PARENT, SsdRecord
 from kvstore.core.types import IoOutcome
 from kvstore.faultpoint import enable_faultpoints
-from kvstore.node import ssd_file, ssd_writer
-from kvstore.node.pool import SharedFile
-from kvstore.node.ssd import SsdTier
+from kvstore.node import ssd_file
 from kvstore.node.ssd_file import SsdFile
 from kvstore.node.ssd_index import SsdIndex
 
-PAGE = 4096
-CAPACITY = 4 << 20
-POOL = 2 << 20
-ROOT = b"r" * 32
-
-
-class Reports:
-    """Remembers how requests ended."""
-
-    def __init__(self) -> None:
-        self.reads: dict[int, IoOutcome] = {}
-        self.read = asyncio.Event()
-        self.kept: list[WriteSsd] = []
-        self.failed: list[WriteSsd] = []
-        self.corrupt: list[WriteSsd] = []
-        self.dropped: list[DropSsd] = []
-        self.stuck: list[DropSsd] = []
-
-    def reads_done(self, done: Sequence[tuple[ReadSsd, IoOutcome]]) -> None:
-        self.reads |= {op.row: outcome for op, outcome in done}
-        self.read.set()
-
-    def writes_done(self, done: Sequence[WriteSsd], ok: bool) -> None:
-        (self.kept if ok else self.failed).extend(done)
-
-    def writes_corrupt(self, done: Sequence[WriteSsd]) -> None:
-        self.corrupt.extend(done)
-
-    def drops_done(self, done: Sequence[DropSsd], *, ok: bool) -> None:
-        (self.dropped if ok else self.stuck).extend(done)
-
-
-class Rig:
-    """An SSD tier over a pool in a directory of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.pool = SharedFile(folder / f"pool-{os.urandom(4).hex()}", POOL)
-        self.memory = memoryview(self.pool.map)
-        self.reports = Reports()
-        self.index = SsdIndex(folder, CAPACITY // PAGE, "node-1")
-        self.file = SsdFile(folder, CAPACITY)
-        self.file.probe(self.memory)
-        self.tier = SsdTier(self.file, self.index, self.memory, self.reports)
-
-    def close(self) -> None:
-        self.tier.close()
-        self.file.close()
-        self.index.close()
-        self.memory.release()
-        self.pool.close()
-
-    def write(self, row: int, data: bytes, ssd_offset: int, *, shards: int = 1) -> WriteSsd:
-        """Puts ``data`` into the pool and returns the request to write it."""
-        dram_offset = row * (128 << 10)
-        self.memory[dram_offset : dram_offset + len(data)] = data
-        size = len(data) // shards
-        sums = tuple(
-            xxhash.xxh3_64_intdigest(data[i * size : (i + 1) * size]) for i in range(shards)
-        )
-        key = row.to_bytes(32, "little")
-        record = SsdRecord(key, ROOT, NO_PARENT, len(data), ssd_offset, sums, row)
-        return WriteSsd(row, dram_offset, len(data), record)
-
-    def read(self, op: WriteSsd, to: int | None = None) -> ReadSsd:
-        offset = op.dram_offset if to is None else to
-        return ReadSsd(op.row, op.key, op.ssd_offset, offset, op.nbytes, op.record.checksums)
-
-    async def drain(self) -> None:
-        async with asyncio.timeout(20):
-            await self.tier.drain()
-
-    def clear(self) -> None:
-        self.memory[:] = bytes(POOL)
+from tests.node.ssd_rig import CAPACITY, PAGE, ROOT, Rig, arm
 
 
 @pytest.fixture
@@ -105,10 +28,6 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
 def _disarmed() -> Iterator[None]:
     yield
     enable_faultpoints({})
-
-
-def arm(value: str) -> None:
-    enable_faultpoints({"KVSTORE_FAULTPOINTS": value})
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -251,78 +170,6 @@ async def test_I3_index_without_room_is_tried_again(rig: Rig) -> None:
     assert rig.reports.kept == [first, second]
     assert (rig.tier.failed, rig.tier.full) == ("", "")
     assert rig.index.entries() == ([second.key], [second.record.encode()])
-
-
-async def test_a_removal_goes_with_the_group_that_is_being_written(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = rig.write(0, os.urandom(PAGE), 0)
-    rig.tier.submit_writes([first])
-    await rig.drain()
-    writing, go_on, commits = threading.Event(), threading.Event(), []
-    real_write, real_apply = rig.file.write, rig.index.apply
-
-    def write(buffers: Sequence[memoryview], offset: int) -> None:
-        writing.set()
-        assert go_on.wait(20)
-        real_write(buffers, offset)
-
-    def apply(changes: Sequence[tuple[bytes, bytes | None]]) -> None:
-        commits.append([key for key, _ in changes])
-        real_apply(changes)
-
-    monkeypatch.setattr(rig.file, "write", write)
-    monkeypatch.setattr(rig.index, "apply", apply)
-    second = rig.write(1, os.urandom(PAGE), PAGE)
-    rig.tier.submit_writes([second])
-    assert await asyncio.to_thread(writing.wait, 20)
-    rig.tier.submit_drops([DropSsd(0, first.key, 0)])
-    go_on.set()
-    await rig.drain()
-    assert commits == [[first.key, second.key]]
-    assert rig.index.entries() == ([second.key], [second.record.encode()])
-
-
-async def test_a_long_list_of_writes_becomes_durable_group_by_group(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ssd_writer, "GROUP_BYTES", 3 * PAGE)
-    syncs = []
-    real_sync = rig.file.sync
-
-    def sync() -> None:
-        syncs.append(1)
-        real_sync()
-
-    monkeypatch.setattr(rig.file, "sync", sync)
-    ops = [rig.write(row, os.urandom(PAGE), 2 * row * PAGE) for row in range(10)]
-    rig.tier.submit_writes(ops)
-    await rig.drain()
-    assert rig.reports.kept == ops
-    assert len(syncs) > 1
-
-
-async def test_I2_a_group_waits_for_the_one_before_it(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ssd_writer, "GROUP_BYTES", PAGE)
-    real_write, go_on, second_written = rig.file.write, threading.Event(), threading.Event()
-
-    def write(buffers: Sequence[memoryview], offset: int) -> None:
-        if not offset:
-            assert go_on.wait(20)
-        real_write(buffers, offset)
-        if offset:
-            second_written.set()
-
-    monkeypatch.setattr(rig.file, "write", write)
-    ops = [rig.write(row, os.urandom(PAGE), 2 * row * PAGE) for row in range(2)]
-    rig.tier.submit_writes(ops)
-    assert await asyncio.to_thread(second_written.wait, 20)
-    assert rig.index.entries() == ([], [])
-    go_on.set()
-    await rig.drain()
-    assert rig.reports.kept == ops
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, file: SsdFile, name: str, bad: int) -> None:

@@ -9,7 +9,7 @@ Numbers = npt.NDArray[np.int64]
 def distinct(numbers: Numbers) -> Numbers:
     """The numbers in ascending order, each once.
 
-    By sorting: NumPy's ``unique`` hashes, and takes ten times as long for a few hundred.
+    By sorting: NumPy 2.4's ``unique`` hashes, and takes seven times as long for 512.
     """
     ordered = np.sort(numbers)
     first = np.ones(len(ordered), dtype=np.bool_)

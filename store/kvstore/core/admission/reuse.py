@@ -4,6 +4,7 @@ import numpy as np
 
 from kvstore.core.admission.base import AdmissionPolicy, SsdSpace
 from kvstore.core.admission.sketch import FrequencySketch, Words
+from kvstore.core.distinct import distinct
 from kvstore.core.table import Mask, Rows, Table
 
 WIDTH_MIN, WIDTH_MAX = 1 << 18, 1 << 24  # counters of one byte, four times as many in all
@@ -44,7 +45,7 @@ class ReusePolicy(AdmissionPolicy):
     def _count(self, rows: Rows) -> None:
         blocks = min(len(self.table), self._width)
         sample = max(_SAMPLE_MIN, SAMPLE_PER_BLOCK * blocks)
-        self._sketch.add(self._words(np.unique(rows)), sample)
+        self._sketch.add(self._words(distinct(rows)), sample)
 
     def _worth(self, rows: Rows) -> Mask:
         free, victims = self.ssd.giving_way(rows)
