@@ -267,7 +267,7 @@ class Node:
         effects = Effects()
         for op in done:
             if op.row >= 0:
-                effects.extend(self.core.drop_done(op, self.world.now))
+                effects.extend(self.core.drops_done([op], self.world.now))
         self.apply(effects)
 
     def scrub(self) -> None:

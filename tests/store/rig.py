@@ -272,7 +272,7 @@ class Rig:
         elif not _verified(bytes(data), op.checksums):
             outcome = IoOutcome.CORRUPT
         self.pool[op.dram_offset : op.dram_offset + op.nbytes] = data
-        self.apply(self.core.read_done(op, outcome, self.now))
+        self.apply(self.core.reads_done([(op, outcome)], self.now))
 
     def end_writes(self, ops: list[WriteSsd], *, fail: bool = False) -> None:
         for op in ops:
@@ -291,7 +291,7 @@ class Rig:
     def end_drop(self, op: DropSsd) -> None:
         self.disk.drops.remove(op)
         self.disk.index.pop(op.key, None)
-        self.apply(self.core.drop_done(op, self.now))
+        self.apply(self.core.drops_done([op], self.now))
 
     def disk_step(self, pick: Callable[[int], int] = lambda _n: 0) -> None:
         """Ends one request."""

@@ -28,7 +28,7 @@ class TwoSizes:
 
     def on_ssd(self, namespace: Namespace) -> int:
         table = self.rig.core._blocks.table
-        mine = table.namespace == namespace.id
+        mine = table.namespace == namespace.number
         return int(np.count_nonzero(mine & (table.ssd_state == SsdState.LIVE)))
 
 

@@ -68,7 +68,8 @@ def test_I7_limits_are_refused_clearly() -> None:
         rig.open(3)
     with pytest.raises(PreconditionError, match="open already"):
         rig.open(2)
-    rig.core.open_namespace(CacheSpec.raw("second", block_bytes=10))
+    rig.core.open_namespace(rig.spec, session_id=1)
+    rig.core.open_namespace(CacheSpec.raw("second", block_bytes=10), session_id=2)
     with pytest.raises(ResourceExhaustedError, match="2 namespaces"):
         rig.core.open_namespace(CacheSpec.raw("third", block_bytes=10))
     assert isinstance(rig.failure(rig.acquire(A[:5])), InvalidArgumentError)

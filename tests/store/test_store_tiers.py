@@ -196,7 +196,7 @@ def test_requests_that_are_not_out_cannot_end(tiers: Rig) -> None:
     (write,) = tiers.disk.writes
     tiers.settle()
     with pytest.raises(InternalError, match="write"):
-        tiers.core.write_done(write, True, 0.0)
+        tiers.core.writes_done([write], True, 0.0)
     tiers.put_on_ssd_only(B[:1])
     request = tiers.acquire(B[:1], timeout_s=1.0)
     (read,) = tiers.disk.reads
@@ -208,7 +208,7 @@ def test_requests_that_are_not_out_cannot_end(tiers: Rig) -> None:
     (drop,) = tiers.disk.drops
     tiers.settle()
     with pytest.raises(InternalError, match="removal"):
-        tiers.core.drop_done(drop, 0.0)
+        tiers.core.drops_done([drop], 0.0)
     tiers.release(request)
 
 

@@ -173,7 +173,7 @@ class Acquires:
         """Rows of the leading keys held, and which of them are in DRAM."""
         table = self.blocks.table
         rows = table.index.find_all(keys)
-        known = (rows >= 0) & (table.namespace[rows] == namespace.id)
+        known = (rows >= 0) & (table.namespace[rows] == namespace.number)
         state = table.dram_state[rows]
         in_dram = known & (state == DramState.LIVE)
         if in_dram.all():

@@ -43,8 +43,8 @@ def purge_blocks(tiering: Tiering, root: bytes | None) -> tuple[Rows, Removal]:
     blocks, table = tiering.blocks, tiering.blocks.table
     rows = table.all_rows()
     if root is not None:
-        ids = [namespace.id for namespace in blocks.namespaces.values() if namespace.root == root]
-        rows = rows[np.isin(table.namespace[rows], ids)]
+        known = blocks.namespaces.of_root(root)
+        rows = rows[table.namespace[rows] == known.number] if known else rows[:0]
     in_dram = np.isin(table.dram_state[rows], (DramState.LIVE, DramState.LOADING))
     on_ssd = table.ssd_state[rows] == SsdState.LIVE
     rows = rows[in_dram | on_ssd]

@@ -9,10 +9,10 @@ from kvstore.core.directory import DirectoryWriter
 from kvstore.core.effects import BlockEvent, DropSsd, Effects
 from kvstore.core.eviction import make_policy
 from kvstore.core.ghosts import Ghosts
+from kvstore.core.namespaces import Namespaces
 from kvstore.core.slots import Offsets, SlotSpace
 from kvstore.core.table import LIVE, DramState, Rows, SsdState, Table
 from kvstore.core.types import CoreConfig, EndReason, Namespace, Tier, TierUsage
-from kvstore.errors import ResourceExhaustedError
 
 DRAM_COUNT = {
     DramState.FILLING: "pending",
@@ -45,8 +45,8 @@ class Blocks:
         self.dram_policy = make_policy(config.dram_policy, self.table, Tier.DRAM)
         self.ssd_policy = make_policy(config.ssd_policy, self.table, Tier.SSD)
         self.ghosts = Ghosts(config.ghost_entries)
-        self.namespaces: dict[int, Namespace] = {}  # ids from 1 on
-        self.slot_bytes: npt.NDArray[np.int64] = np.zeros(1, dtype=np.int64)  # by namespace id
+        self.namespaces = Namespaces(config.namespaces_max)
+        self.slot_bytes = self.namespaces.slot_bytes
         self.shard_checksums: dict[int, tuple[int, ...]] = {}  # of blocks with several shards
         self.held_dead: set[int] = set()  # DEAD rows that a client may still write into
         self.drops_out = 0  # removals from the SSD index that are not durable yet
@@ -57,32 +57,19 @@ class Blocks:
         if amount:
             self.counters[name] = self.counters.get(name, 0) + amount
 
-    def add_namespace(self, root: bytes, block_bytes: int) -> Namespace:
-        """A namespace of the next id."""
-        namespace = Namespace(len(self.namespaces) + 1, root, block_bytes)
-        self.namespaces[namespace.id] = namespace
-        self.slot_bytes = np.append(self.slot_bytes, namespace.slot_bytes)
-        return namespace
-
-    def namespace_of(self, root: bytes, block_bytes: int) -> Namespace:
-        """The namespace of a root, made if need be."""
-        for namespace in self.namespaces.values():
-            if namespace.root == root:
-                return namespace
-        if len(self.namespaces) >= self.config.namespaces_max:
-            raise ResourceExhaustedError(
-                f"{self.config.namespaces_max} namespaces are open, the most a node takes"
-            )
-        return self.add_namespace(root, block_bytes)
+    def namespaces_with_rows(self) -> set[Namespace]:
+        """Those that have a block, a slot in use, or a place in a chain."""
+        numbers = np.bincount(self.table.namespace[self.table.all_rows()])
+        return {self.namespaces.numbered(number) for number in numbers.nonzero()[0].tolist()}
 
     def by_namespace(self, rows: Rows) -> Iterator[tuple[Namespace, Rows]]:
         """Rows by their namespace; mostly there is one."""
-        ids = self.table.namespace[rows]
-        if len(rows) and (ids == ids[0]).all():
-            yield self.namespaces[int(ids[0])], rows
+        numbers = self.table.namespace[rows]
+        if len(rows) and (numbers == numbers[0]).all():
+            yield self.namespaces.numbered(int(numbers[0])), rows
             return
-        for number in np.unique(ids).tolist():
-            yield self.namespaces[number], rows[ids == number]
+        for number in np.unique(numbers).tolist():
+            yield self.namespaces.numbered(number), rows[numbers == number]
 
     def event(self, rows: Rows, tier: Tier, *, stored: bool) -> None:
         """Tells the master."""
@@ -248,8 +235,8 @@ class Blocks:
         """(root, tier, keys) of all readable blocks; a block in both tiers comes twice."""
         for tier in (Tier.DRAM, Tier.SSD):
             live = self.table.state_in(tier) == LIVE
-            for namespace in list(self.namespaces.values()):
-                rows = np.flatnonzero(live & (self.table.namespace == namespace.id))
+            for namespace in self.namespaces.all():
+                rows = np.flatnonzero(live & (self.table.namespace == namespace.number))
                 for first in range(0, len(rows), chunk_keys):
                     keys = self.table.joined(rows[first : first + chunk_keys])
                     yield namespace.root, tier, keys
@@ -258,6 +245,7 @@ class Blocks:
         """AssertionError unless rows, slots and counts of bytes agree."""
         table = self.table
         table.check()
+        self.namespaces_with_rows()
         self._check_tier(self.dram, table.dram_state, table.dram_offset, DRAM_COUNT)
         if self.ssd:
             self._check_tier(self.ssd, table.ssd_state, table.ssd_offset, SSD_COUNT)

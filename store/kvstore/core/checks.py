@@ -10,7 +10,7 @@ from kvstore.core.keys import KEY_BYTES, check_joined, holds_key
 from kvstore.core.leases import Session
 from kvstore.core.spec import CacheSpec
 from kvstore.core.types import Namespace
-from kvstore.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from kvstore.errors import InvalidArgumentError, ResourceExhaustedError
 
 Indices = Sequence[int] | npt.NDArray[np.integer]
 
@@ -39,11 +39,12 @@ class RequestChecks:
                     f"{space.capacity_bytes} bytes; give the node a larger one"
                 )
 
-    def keys(self, ns_id: int, keys: bytes, parent: bytes) -> Namespace:
-        """The namespace of a request whose joined ``keys`` and parent can be keys of blocks."""
-        namespace = self._blocks.namespaces.get(ns_id)
-        if namespace is None:
-            raise NotFoundError(f"namespace {ns_id} was not opened on this node")
+    def keys(self, session: Session, ns_id: int, keys: bytes, parent: bytes) -> Namespace:
+        """The namespace of a request whose joined ``keys`` and parent can be keys of blocks.
+
+        The session keeps it from now on.
+        """
+        namespace = self._blocks.namespaces.use(ns_id)
         check_joined(keys)
         if len(keys) > KEY_BYTES * self._config.keys_per_request_max:
             raise InvalidArgumentError(
@@ -54,6 +55,7 @@ class RequestChecks:
             raise InvalidArgumentError(f"a parent key has {len(parent)} bytes, not {KEY_BYTES}")
         if holds_key(keys, namespace.root) or holds_key(keys, bytes(KEY_BYTES)):
             raise InvalidArgumentError("the root and 32 zero bytes are no keys of blocks")
+        session.namespaces.add(namespace)
         return namespace
 
     def reserve(self, keys: list[bytes], shard_index: int, num_shards: int) -> None:

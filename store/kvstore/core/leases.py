@@ -83,6 +83,7 @@ class Session:
     """Everything that one client holds. Quarantined: its stream is lost, it may still copy."""
 
     id: int
+    namespaces: set[Namespace] = field(default_factory=set)  # that it opened or asked for
     leases: dict[int, Lease] = field(default_factory=dict)
     reservations: dict[int, Reservation] = field(default_factory=dict)
     quarantined: bool = False

@@ -218,7 +218,7 @@ class Reserves:
         have = (dram == DramState.LIVE) | (dram == DramState.LOADING) | (ssd == SsdState.LIVE)
         have &= known
         busy = known & ((dram == DramState.FILLING) | (dram == DramState.DEAD))
-        foreign = known & (table.namespace[rows] != reservation.namespace.id)
+        foreign = known & (table.namespace[rows] != reservation.namespace.number)
         statuses[have] = ReserveStatus.HAVE
         statuses[busy | foreign] = ReserveStatus.BUSY
         blocks.dram_policy.touched(rows[have & (dram == DramState.LIVE)])
@@ -234,8 +234,8 @@ class Reserves:
             return NO_ROW
         row = table.index.find(key)
         if row == NO_ROW and table.room():
-            return int(table.add([key], namespace.id)[0])
-        return row if row >= 0 and table.namespace[row] == namespace.id else NO_ROW
+            return int(table.add([key], namespace.number)[0])
+        return row if row >= 0 and table.namespace[row] == namespace.number else NO_ROW
 
     def _rows_for(
         self, namespace: Namespace, keys: list[bytes], rows: Rows, wanting: Rows, parent: int
@@ -243,9 +243,9 @@ class Reserves:
         """Rows of the wanting keys, made where there are none, behind their parents."""
         table = self.blocks.table
         fresh = wanting[rows[wanting] < 0]
-        rows[fresh] = table.add([keys[i] for i in fresh.tolist()], namespace.id)
+        rows[fresh] = table.add([keys[i] for i in fresh.tolist()], namespace.number)
         parents = np.concatenate(([parent], rows[:-1]))
-        foreign = table.namespace[parents] != namespace.id
+        foreign = table.namespace[parents] != namespace.number
         parents[(parents >= 0) & foreign] = NO_ROW
         table.link(rows[fresh], parents[fresh])
         for i in wanting[table.parent[rows[wanting]] < 0].tolist():

@@ -54,12 +54,11 @@ def _by_namespace(records: SsdColumns) -> list[tuple[bytes, int, Rows]]:
 
 
 def _namespace(blocks: Blocks, root: bytes, nbytes: int) -> Namespace | None:
-    for namespace in blocks.namespaces.values():
-        if namespace.root == root:
-            return namespace if namespace.block_bytes == nbytes else None
-    if len(blocks.namespaces) >= blocks.config.namespaces_max or nbytes <= 0:
+    if (known := blocks.namespaces.of_root(root)) is not None:
+        return known if known.block_bytes == nbytes else None
+    if blocks.namespaces.full or nbytes <= 0:
         return None
-    return blocks.add_namespace(root, nbytes)
+    return blocks.namespaces.add(root, nbytes)
 
 
 def _claim(blocks: Blocks, namespace: Namespace, records: SsdColumns) -> Mask:
@@ -75,7 +74,7 @@ def _claim(blocks: Blocks, namespace: Namespace, records: SsdColumns) -> Mask:
 
 def _add(blocks: Blocks, namespace: Namespace, records: SsdColumns) -> Rows:
     table = blocks.table
-    rows = table.add_joined(records.joined("key"), namespace.id)
+    rows = table.add_joined(records.joined("key"), namespace.number)
     table.checksum[rows] = records.entries["checksum"]
     table.ssd_offset[rows] = records.numbers("ssd_offset")
     for i, checksums in records.several.items():

@@ -47,8 +47,9 @@ def next_copies(blocks: Blocks, first_row: int, bytes_max: int) -> tuple[list[Sc
         table.namespace[rows].tolist(),
         strict=True,
     )
+    numbered = blocks.namespaces.numbered
     copies = [
-        ScrubSsd(row, key, offset, blocks.namespaces[number].block_bytes, blocks.checksums(row))
+        ScrubSsd(row, key, offset, numbered(number).block_bytes, blocks.checksums(row))
         for row, key, offset, number in columns
     ]
     return copies, end if end < table.capacity else -1

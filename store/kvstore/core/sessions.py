@@ -6,6 +6,7 @@ from kvstore.core.acquire import Acquires
 from kvstore.core.leases import Session
 from kvstore.core.reserve import Reserves
 from kvstore.core.table import Table
+from kvstore.core.types import Namespace
 from kvstore.errors import PreconditionError, ResourceExhaustedError
 
 
@@ -56,6 +57,10 @@ class Sessions:
         """Whether it has slots or pins."""
         session = self._by_id.get(session_id)
         return session is not None and bool(session.leases or session.reservations)
+
+    def namespaces(self) -> set[Namespace]:
+        """Those that a session opened or asked for, and so may ask for again or hold blocks of."""
+        return set().union(*(session.namespaces for session in self._by_id.values()))
 
     def count_open(self) -> int:
         """Without those in quarantine."""

@@ -113,7 +113,7 @@ class Transfers:
         )
         for row, number, key, parent, dram_offset, ssd_offset in columns:
             self._sequence += 1
-            space = blocks.namespaces[number]
+            space = blocks.namespaces.numbered(number)
             record = SsdRecord(
                 key,
                 space.root,
@@ -190,7 +190,7 @@ class Transfers:
     def start_reads(self, rows: Rows) -> int:
         """Loads blocks of one namespace that are on SSD only; how many found a slot to go to."""
         blocks, table = self.blocks, self.blocks.table
-        space = blocks.namespaces[int(table.namespace[rows[0]])]
+        space = blocks.namespaces.numbered(int(table.namespace[rows[0]]))
         offsets = self.tiering.allocate_dram(space.slot_bytes, len(rows))
         rows = rows[: len(offsets)]
         if not len(rows):

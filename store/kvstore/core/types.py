@@ -98,11 +98,12 @@ class Removal(NamedTuple):
     waiting: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Namespace:
     """One spec of one tenant. ``spec`` is None for blocks found on SSD whose spec nobody gave."""
 
-    id: int
+    id: int  # what clients ask for; of this one only
+    number: int  # in the columns of the table; that of another one when this one is gone
     root: bytes
     block_bytes: int
     spec: CacheSpec | None = None
