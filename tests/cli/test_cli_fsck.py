@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
     SsdFile(folder, FILE_BYTES).close()
     index.note_data_bytes(FILE_BYTES)
     root = namespace_root(SPEC)
-    namespace = Namespace(1, root, BLOCK, SPEC, "default")
+    namespace = Namespace(1, 1, root, BLOCK, SPEC, "default")
     index.add_namespace(root, translate.namespace_to_message(namespace).SerializeToString())
     parent = NO_PARENT
     with open(folder / "data", "r+b") as file:
