@@ -34,9 +34,9 @@ async def test_a_removal_goes_with_the_group_that_is_being_written(
         assert go_on.wait(20)
         real_write(buffers, offset)
 
-    def apply(changes: Sequence[tuple[bytes, bytes | None]]) -> None:
+    def apply(changes: Sequence[tuple[bytes, bytes | None]], sequence: int) -> None:
         commits.append([key for key, _ in changes])
-        real_apply(changes)
+        real_apply(changes, sequence)
 
     monkeypatch.setattr(rig.file, "write", write)
     monkeypatch.setattr(rig.index, "apply", apply)

@@ -111,13 +111,13 @@ class NodeCore:
         """All that are open: some client opened them, or blocks of them were found on SSD."""
         return self._blocks.namespaces.all()
 
-    def restore(self, records: SsdColumns | Iterable[SsdRecord]) -> Effects:
-        """Takes over the blocks of the SSD index, at start only.
+    def restore(self, records: SsdColumns | Iterable[SsdRecord], sequence: int = 0) -> Effects:
+        """Takes over the blocks of the SSD index, at start only; new records follow ``sequence``.
 
         Records that cannot be used come back as drops with row -1.
         """
         columns = records if isinstance(records, SsdColumns) else SsdColumns.of(records)
-        self._transfers.restored(restore_blocks(self._blocks, columns))
+        self._transfers.restored(max(sequence, restore_blocks(self._blocks, columns)))
         return self._take_effects()
 
     def open_session(self, session_id: int) -> None:

@@ -94,10 +94,11 @@ def read_metas(head: bytes) -> list[Meta]:
 class IndexPages:
     """The pages of an LMDB file, as bytes; nothing of them is trusted."""
 
-    def __init__(self, path: Path, page_bytes: int) -> None:
-        """Reads the whole file; OSError if that fails."""
+    def __init__(self, path: Path, page_bytes: int, bytes_min: int = 0) -> None:
+        """Reads the whole file; OSError if that fails. Up to ``bytes_min`` zeros follow it."""
         raw = np.fromfile(path, dtype=np.uint8)
-        missing = -len(raw) % page_bytes
+        self._file_bytes = len(raw)
+        missing = max(-len(raw) % page_bytes, bytes_min - len(raw))
         self.bytes = np.concatenate((raw, np.zeros(missing, np.uint8))) if missing else raw
         self.page_bytes = page_bytes
         self._words: npt.NDArray[np.uint16] = self.bytes.view("<u2")
@@ -251,6 +252,8 @@ class IndexPages:
         count = (HEAD_BYTES - 1 + nbytes) // self.page_bytes + 1
         if first < META_PAGES or first + count > len(self._used):
             raise CorruptError(f"page {first} is outside of the file")
+        if (first + count) * self.page_bytes > self._file_bytes:
+            raise CorruptError(f"the file ends before the {count} pages from page {first} on do")
         start = first * self.page_bytes
         number, _, flags, pages = struct.unpack("<QHHI", self.bytes[start : start + 16].tobytes())
         if (number, flags, pages) != (first, OVERFLOW, count):

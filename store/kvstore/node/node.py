@@ -169,7 +169,8 @@ class Node:
                 self.core.open_namespace(translate.spec_from_message(report.spec), report.tenant)
             except (DecodeError, KVStoreError) as error:
                 log.warning("namespace %s on SSD is not used: %s", root.hex()[:16], error)
-        effects = self.core.restore(records)
+        newest = index.go_on_after(records.numbers("sequence"))
+        effects = self.core.restore(records, newest)
         effects.drops += broken
         if effects.drops:
             log.warning("%d records on SSD cannot be used and are removed", len(effects.drops))

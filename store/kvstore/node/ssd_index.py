@@ -4,14 +4,18 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import lmdb
+import numpy as np
+import numpy.typing as npt
 
+from kvstore.core.ssd_mark import Mark
 from kvstore.durable import private_directory, sync_directory
 from kvstore.errors import ConfigError, CorruptError, KVStoreError
+from kvstore.faultpoint import faultpoint
 from kvstore.node.index_pages import PAGE_BYTES_MAX, IndexPages, read_metas
 from kvstore.node.ssd_file import DATA_NAME
 
@@ -24,6 +28,7 @@ ENTRY_BYTES = 1024  # of map for each block: several records, for copy-on-write
 DATABASES = frozenset({"meta", "blocks", "namespaces"})
 _FORMAT_KEY = b"format_version"
 NODE_KEY = b"node_id"
+MARK_KEY = b"sequences"
 _DATA_BYTES_KEY = b"data_bytes"
 
 
@@ -50,26 +55,27 @@ def refused(path: Path, error: lmdb.Error) -> KVStoreError:
     return damaged(path, error)
 
 
-def _prove(path: Path) -> None:
+def _prove(path: Path, *, read_only: bool) -> None:
     """Proves every page of the index in directory ``path``; CorruptError if one is damaged.
 
     LMDB maps the file, follows its pages wherever they lead, and would crash. It also maps pages
-    that it never wrote at the end of the file, which are in no tree: they get their zeros here.
+    that it never wrote at the end of the file, which are in no tree: they get their zeros here,
+    unless nobody is going to write.
     """
     file_path = path / "data.mdb"
     try:
-        with open(file_path, "r+b") as file:
+        with open(file_path, "rb") as file:
             head = file.read(HEAD_BYTES)
             file_bytes = file.seek(0, os.SEEK_END)
             metas = read_metas(head)
             newest = max(metas, key=lambda meta: meta.transaction)
-            needed = (newest.last_page + 1) * newest.page_bytes
-            if file_bytes < needed <= file_bytes + MISSING_BYTES_MAX:
-                log.warning("%s has %d of its %d bytes", file_path, file_bytes, needed)
-                file.truncate(needed)
-            elif file_bytes < needed:
-                raise CorruptError(f"it has {file_bytes} of its {needed} bytes")
-        IndexPages(file_path, newest.page_bytes).check(metas, DATABASES)
+        needed = (newest.last_page + 1) * newest.page_bytes
+        if file_bytes + MISSING_BYTES_MAX < needed:
+            raise CorruptError(f"it has {file_bytes} of its {needed} bytes")
+        IndexPages(file_path, newest.page_bytes, needed).check(metas, DATABASES)
+        if file_bytes < needed and not read_only:
+            log.warning("%s has %d of its %d bytes", file_path, file_bytes, needed)
+            os.truncate(file_path, needed)
     except CorruptError as error:
         raise damaged(path, error) from None
     except OSError as error:
@@ -116,9 +122,9 @@ class SsdIndex:
                 f"{folder} has no {INDEX_NAME}: it is not the SSD directory of a node; "
                 "that is its --ssd-dir, by default DATA_DIR/ssd"
             )
-        file_bytes = (folder / INDEX_NAME / "data.mdb").stat().st_size
-        options = {"readonly": True, "lock": False} if read_only else {}
-        self._open(folder, file_bytes + MAP_BYTES_MIN, None, create=False, **options)
+        map_bytes = (folder / INDEX_NAME / "data.mdb").stat().st_size + MAP_BYTES_MIN
+        # Nobody else has it open: no file of locks is made, which a node could not open.
+        self._open(folder, map_bytes, None, create=False, readonly=read_only, lock=False)
         return self
 
     def _open(
@@ -129,7 +135,7 @@ class SsdIndex:
             if create:
                 private_directory(self.path)
             if _exists(folder):
-                _prove(self.path)
+                _prove(self.path, read_only=options.get("readonly", False))
             self._env = lmdb.open(
                 str(self.path), map_size=map_bytes, max_dbs=3, mode=0o600, create=create, **options
             )
@@ -142,6 +148,7 @@ class SsdIndex:
             self._check_format()
             if node_id is not None:
                 self._check_owner(node_id)
+            self._mark = self._noted = self._read_mark()
         except lmdb.Error as error:
             self._env.close()
             raise refused(self.path, error) from None
@@ -177,6 +184,24 @@ class SsdIndex:
                     "give it an empty --ssd-dir"
                 )
 
+    def _read_mark(self) -> Mark:
+        """What is noted; a version that knew no marks noted none."""
+        with self._env.begin(db=self._meta) as txn:
+            value = txn.get(MARK_KEY)
+        try:
+            return Mark.decode(value) if value is not None else Mark()
+        except CorruptError as error:
+            log.warning("SSD index %s: %s; its records say how far it is", self.path, error)
+            return Mark()
+
+    def go_on_after(self, sequences: npt.NDArray[np.int64]) -> int:
+        """Takes in the sequences of all its records; the highest that was ever committed here.
+
+        What was not noted of it yet is noted by the next commit.
+        """
+        self._mark = self._mark.of(sequences)
+        return self._mark.sequence
+
     def data_bytes(self) -> int | None:
         """Length of the data file as its node made it; None if it was not noted."""
         with self._env.begin(db=self._meta) as txn:
@@ -211,10 +236,11 @@ class SsdIndex:
         except lmdb.Error as error:
             raise refused(self.path, error) from None
 
-    def apply(self, changes: Iterable[tuple[bytes, bytes | None]]) -> None:
+    def apply(self, changes: Iterable[tuple[bytes, bytes | None]], sequence: int = 0) -> None:
         """Puts ``(key, record)`` and removes ``(key, None)`` in order, all or nothing, durably.
 
-        Raises lmdb.Error, and then nothing has changed.
+        ``sequence`` is the highest of the records put. Raises lmdb.Error, and then nothing has
+        changed.
         """
         with self._env.begin(write=True, db=self._blocks) as txn:
             for key, record in changes:
@@ -222,9 +248,14 @@ class SsdIndex:
                     txn.delete(key)
                 else:
                     txn.put(key, record)
+            empty = not txn.stat(self._blocks)["entries"]
+            mark = self._mark.after(sequence, empty=empty)
+            if mark != self._noted:
+                txn.put(MARK_KEY, mark.encode(), db=self._meta)
+        self._mark = self._noted = mark
 
     def namespaces(self) -> dict[bytes, bytes]:
-        """Root to encoded namespace, all that ever were opened here."""
+        """Root to encoded namespace."""
         return self._all(self._namespaces)
 
     def keep_namespaces(self, roots: Set[bytes]) -> dict[bytes, bytes]:
@@ -232,21 +263,24 @@ class SsdIndex:
         known = self.namespaces()
         unused = known.keys() - roots
         if unused:
-            try:
-                with self._env.begin(write=True, db=self._namespaces) as txn:
-                    for root in unused:
-                        txn.delete(root)
-            except lmdb.Error as error:
-                log.error("%d namespaces without blocks stay: %s", len(unused), error)
+            self.change_namespaces({}, unused)
         return {root: encoded for root, encoded in known.items() if root in roots}
 
     def add_namespace(self, root: bytes, encoded: bytes) -> bool:
         """Remembers durably what a namespace is; False if the medium does not take it now."""
+        return self.change_namespaces({root: encoded}, frozenset())
+
+    def change_namespaces(self, fresh: Mapping[bytes, bytes], gone: Set[bytes]) -> bool:
+        """Remembers some and forgets others, all or nothing, durably; False if it is nothing."""
         try:
+            faultpoint("ssd.namespaces")
             with self._env.begin(write=True, db=self._namespaces) as txn:
-                txn.put(root, encoded)
-        except lmdb.Error as error:
-            log.error("namespace %s is not kept: %s", root.hex()[:16], error)
+                for root in gone:
+                    txn.delete(root)
+                for root, encoded in fresh.items():
+                    txn.put(root, encoded)
+        except (lmdb.Error, OSError) as error:
+            log.error("%d namespaces are not kept, %d stay: %s", len(fresh), len(gone), error)
             return False
         return True
 

@@ -195,10 +195,11 @@ class SsdWriter:
     ) -> None:
         bad = self._synced(writes, bad)
         changes: list[tuple[bytes, bytes | None]] = [(op.key, None) for op in drops]
-        changes += [(op.key, op.record.encode()) for op in writes if id(op) not in bad]
+        kept = [op for op in writes if id(op) not in bad]
+        changes += [(op.key, op.record.encode()) for op in kept]
         try:
             faultpoint("ssd.index")
-            self.index.apply(changes)
+            self.index.apply(changes, max((op.record.sequence for op in kept), default=0))
             faultpoint("ssd.indexed")
         except (lmdb.Error, OSError) as error:
             if is_full(error, self.index.path):
@@ -210,7 +211,6 @@ class SsdWriter:
         if self.full and changes:
             log.info("SSD index has room again")
             self.full = ""
-        kept = [op for op in writes if id(op) not in bad]
         failed = [op for op in writes if bad.get(id(op)) is IoOutcome.FAILED]
         corrupt = [op for op in writes if bad.get(id(op)) is IoOutcome.CORRUPT]
         self._post(lambda: self._report_group(failed, kept, drops, corrupt))
