@@ -54,6 +54,10 @@ class DirectoryLock:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:
             return None  # an owner that ended has just removed the directory
+        if os.geteuid() == 0:  # the user whose directory it is has to be able to open it
+            owner = self.folder.stat()
+            with contextlib.suppress(PermissionError):
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The same owner may have removed the file between open and flock: a lock on a file
