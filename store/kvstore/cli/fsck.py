@@ -36,12 +36,12 @@ def fsck(
     """Check an SSD directory while its node is stopped: every record, every byte of every block.
 
     Finds records that are [red]malformed[/red], [red]foreign[/red] (of a namespace or format that
-    this version cannot read), [red]outside[/red] of the data file, that [red]overlap[/red] newer
-    ones, blocks that are [red]corrupt[/red] or [red]unreadable[/red], [red]orphans[/red] behind
-    a missing block, and a data file of another length. Changes nothing without --repair; a
-    dropped block is a miss afterwards, and computed again. An index that is damaged itself is
-    replaced by --repair: by a new one of all records that can still be read and whose blocks have
-    their bytes, among them perhaps some that were removed of late.
+    this version cannot read), [red]outside[/red] of the data file, that [red]overlap[/red] others
+    whose bytes are there, blocks that are [red]corrupt[/red] or [red]unreadable[/red],
+    [red]orphans[/red] behind a missing block, and a data file of another length. Changes nothing
+    without --repair; a dropped block is a miss afterwards, and computed again. An index that is
+    damaged itself is replaced by --repair: by a new one of all records that can still be read and
+    whose blocks have their bytes, among them perhaps some that were removed.
 
     Exit code: 0 clean, 1 problems were found (also when --repair has removed them),
     2 the directory cannot be checked: not one, in use, or of another format version.

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from kvstore.core.types import IoOutcome
 from kvstore.errors import ConfigError, CorruptError, KVStoreError
 from kvstore.node import translate
 from kvstore.node.block_reader import BlockReader, runs_of
-from kvstore.node.dir_lock import DirectoryInUseError, DirectoryLock
-from kvstore.node.index_rebuild import rebuild_index
+from kvstore.node.dir_lock import LOCK_NAME, DirectoryInUseError, DirectoryLock
+from kvstore.node.index_rebuild import IndexRebuild
 from kvstore.node.ssd_file import DATA_NAME
 from kvstore.node.ssd_index import INDEX_NAME, SsdIndex, refused
 
@@ -56,18 +56,25 @@ def fsck(folder: Path, *, repair: bool, progress: Progress) -> Report:
 
     Raises ConfigError if it is no such directory, of another format version, or in use by a
     running node; CorruptError if its index is damaged: with ``repair`` a new one is made of the
-    records that can still be read. Without ``repair`` nothing is changed.
+    records that can still be read, and whose blocks have their bytes. Without ``repair`` nothing is
+    changed.
     """
     if not (folder / INDEX_NAME).is_dir() and not (folder / DATA_NAME).is_file():
         SsdIndex.existing(folder, read_only=True)  # says why, and makes no lock file
     with contextlib.ExitStack() as resources:
+        made = not (folder / LOCK_NAME).exists()
         try:
-            resources.callback(DirectoryLock(folder).release)
+            resources.callback(DirectoryLock(folder).release, remove=made)
         except DirectoryInUseError:
             raise ConfigError(
                 f"{folder} is in use by a running node; stop the node first"
             ) from None
-        index, damage = _open(folder, repair=repair)
+        try:
+            index = SsdIndex.existing(folder, read_only=not repair)
+        except CorruptError as error:
+            if not repair:
+                raise
+            return _rebuild(folder, str(error), progress)
         resources.callback(index.close)
         report = _check(folder, index, progress)
         if not repair:
@@ -75,7 +82,7 @@ def fsck(folder: Path, *, repair: bool, progress: Progress) -> Report:
         _drop(index, report.findings)
         if report.wrong_size:
             index.note_data_bytes(None)  # the node sizes the file, and notes it, when it starts
-        return dataclasses.replace(report, repaired=True, index_damage=damage)
+        return dataclasses.replace(report, repaired=True)
 
 
 def unreadable(folder: Path, damage: CorruptError) -> Report:
@@ -84,36 +91,48 @@ def unreadable(folder: Path, damage: CorruptError) -> Report:
     return Report(folder, 0, 0, (), data_bytes, None, repaired=False, index_damage=str(damage))
 
 
-def _open(folder: Path, *, repair: bool) -> tuple[SsdIndex, str]:
-    """The index, and why it is a new one if it had to be made."""
-    try:
-        return SsdIndex.existing(folder, read_only=not repair), ""
-    except CorruptError as error:
-        if not repair:
-            raise
-        rebuild_index(folder)
-        return SsdIndex.existing(folder, read_only=False), str(error)
-
-
 def _check(folder: Path, index: SsdIndex, progress: Progress) -> Report:
+    keys, values = index.entries()
+    examination, report = _examine(folder, keys, values, index.namespaces(), progress)
+    index.go_on_after(examination.sequences)
+    return dataclasses.replace(report, data_bytes_noted=index.data_bytes())
+
+
+def _rebuild(folder: Path, damage: str, progress: Progress) -> Report:
+    """Makes a new index of what the pages of the damaged one hold and the data file confirms."""
+    with contextlib.closing(IndexRebuild(folder)) as rebuild:
+        saved = rebuild.saved
+        keys, values = [key for key, _ in saved.entries], [value for _, value in saved.entries]
+        examination, report = _examine(folder, keys, values, saved.namespaces, progress)
+        rebuild.replace(examination.kept.values(), examination.sequences)
+    return dataclasses.replace(report, repaired=True, index_damage=damage)
+
+
+def _examine(
+    folder: Path,
+    keys: Sequence[bytes],
+    values: Sequence[bytes],
+    namespaces: Mapping[bytes, bytes],
+    progress: Progress,
+) -> tuple[Examination, Report]:
     path = folder / DATA_NAME
     data_bytes = _data_bytes(path)
-    keys, values = index.entries()
-    examination = Examination(keys, values, _block_bytes(index), data_bytes or 0)
+    examination = Examination(keys, values, _block_bytes(namespaces), data_bytes or 0)
     read_bytes = _read_all(path, examination, progress) if examination.sound else 0
-    noted = index.data_bytes()
     findings = examination.finish()
-    return Report(folder, len(keys), read_bytes, findings, data_bytes, noted, repaired=False)
+    records = len(set(keys))
+    report = Report(folder, records, read_bytes, findings, data_bytes, None, repaired=False)
+    return examination, report
 
 
 def _data_bytes(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _block_bytes(index: SsdIndex) -> dict[bytes, int | None]:
+def _block_bytes(namespaces: Mapping[bytes, bytes]) -> dict[bytes, int | None]:
     """Size of a block in each namespace, by root; None where this build cannot read it."""
     sizes: dict[bytes, int | None] = {}
-    for root, encoded in index.namespaces().items():
+    for root, encoded in namespaces.items():
         sizes[root] = None
         with contextlib.suppress(DecodeError, KVStoreError):
             report = master_pb2.NamespaceReport.FromString(encoded)

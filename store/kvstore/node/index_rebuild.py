@@ -1,4 +1,4 @@
-"""A new index from the records that can still be read on the pages of a damaged one."""
+"""A new index of what can still be read on the pages of a damaged one."""
 
 import contextlib
 import os
@@ -8,15 +8,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import lmdb
+import numpy as np
+import numpy.typing as npt
 from google.protobuf.message import DecodeError
 from kvstore_proto import master_pb2
 
 from kvstore.core.keys import KEY_BYTES
+from kvstore.core.ssd_mark import Mark
 from kvstore.core.ssd_record import SsdRecord
 from kvstore.durable import sync_directory
 from kvstore.errors import ConfigError, CorruptError
 from kvstore.node.index_pages import IndexPages, read_metas
-from kvstore.node.ssd_index import HEAD_BYTES, INDEX_NAME, NODE_KEY, SsdIndex
+from kvstore.node.ssd_index import HEAD_BYTES, INDEX_NAME, MARK_KEY, NODE_KEY, SsdIndex
 
 DAMAGED_NAME = "data.mdb.damaged"
 NEW_NAME = "index.new"
@@ -27,51 +31,93 @@ NODE_ID_BYTES_MAX = 128
 
 
 class Saved(NamedTuple):
-    """What the pages still say. Of the records of one key it is the newest."""
+    """What the pages still say. Among the records are some that were removed."""
 
     node_id: str  # empty if it is not to be found
-    records: dict[bytes, bytes]
+    mark: Mark
+    entries: list[tuple[bytes, bytes]]  # keys and records; a key may have several
     namespaces: dict[bytes, bytes]
 
 
-def rebuild_index(folder: Path) -> int:
-    """Puts a new index in the place of the damaged one; how many records it has.
+class IndexRebuild:
+    """A new index, made beside a damaged one and put into its place.
 
-    A record is taken if it has its checksum; whether the data file has its bytes is for the
-    caller to see. The damaged file is kept beside the new one as ``data.mdb.damaged``. A record
-    that was removed not long ago may be back. The new one belongs to the old one's user;
-    ConfigError, and nothing is replaced, where it cannot. Killed anywhere, it can be run again.
+    It belongs to the damaged one's user. Killed anywhere, it can be done again.
     """
-    path = folder / INDEX_NAME / FILE_NAME
-    try:
-        saved = _saved(path)
-        new = folder / NEW_NAME
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(mode=0o700)
-        owner = _owner(path, folder)
-        _give([new], owner, path)
-        index = SsdIndex(new, len(saved.records), saved.node_id)
-        for root, encoded in saved.namespaces.items():
-            index.add_namespace(root, encoded)
-        index.apply(sorted(saved.records.items()))
-        index.close()
-        _give(new.rglob("*"), owner, path)
-        if not path.parent.exists():
-            path.parent.mkdir(mode=0o700)
-            _give([path.parent], owner, path)
-        if not (lock := path.with_name(LOCK_NAME)).exists():
-            os.replace(new / INDEX_NAME / LOCK_NAME, lock)
-        with contextlib.suppress(FileNotFoundError):
-            path.with_name(DAMAGED_NAME).unlink()
-        with contextlib.suppress(FileNotFoundError):
-            os.link(path, path.with_name(DAMAGED_NAME))
-        os.replace(new / INDEX_NAME / FILE_NAME, path)
-        sync_directory(path.parent)
-        sync_directory(folder)
-        shutil.rmtree(new)
-    except OSError as error:
-        raise ConfigError(f"SSD index {path}: {error.strerror}") from None
-    return len(saved.records)
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the damaged index. ConfigError where a new one cannot be its user's."""
+        self._folder = folder
+        self._path = folder / INDEX_NAME / FILE_NAME
+        self._new = folder / NEW_NAME
+        try:
+            self.saved = _saved(self._path)
+            self._owner = _owner(self._path, folder)
+            shutil.rmtree(self._new, ignore_errors=True)
+            self._new.mkdir(mode=0o700)
+            self._give([self._new])
+        except OSError as error:
+            raise ConfigError(f"SSD index {self._path}: {error.strerror}") from None
+        except ConfigError:
+            self.close()
+            raise
+
+    def replace(self, records: Iterable[SsdRecord], sequences: npt.NDArray[np.int64]) -> None:
+        """Puts an index of these records into place; ``sequences`` are of all that were found.
+
+        The damaged file is kept beside it as ``data.mdb.damaged``. ConfigError, and the damaged
+        one stands, where the medium or the system refuses.
+        """
+        path, made = self._path, self._new / INDEX_NAME
+        try:
+            self._make(records, sequences)
+            self._give(self._new.rglob("*"))
+            if not path.parent.exists():
+                path.parent.mkdir(mode=0o700)
+                self._give([path.parent])
+            if not (lock := path.with_name(LOCK_NAME)).exists():
+                os.replace(made / LOCK_NAME, lock)
+            with contextlib.suppress(FileNotFoundError):
+                path.with_name(DAMAGED_NAME).unlink()
+            with contextlib.suppress(FileNotFoundError):
+                os.link(path, path.with_name(DAMAGED_NAME))
+            os.replace(made / FILE_NAME, path)
+            sync_directory(path.parent)
+            sync_directory(self._folder)
+        except OSError as error:
+            raise ConfigError(f"SSD index {path}: {error.strerror}") from None
+        except lmdb.Error as error:
+            raise ConfigError(f"SSD index {path}: {error}") from None
+
+    def _make(self, records: Iterable[SsdRecord], sequences: npt.NDArray[np.int64]) -> None:
+        saved = self.saved
+        encoded = sorted((record.key, record.encode()) for record in records)
+        index = SsdIndex(self._new, len(encoded), saved.node_id)
+        try:
+            for root, namespace in saved.namespaces.items():
+                index.add_namespace(root, namespace)
+            newest = int(sequences.max()) if len(sequences) else 0
+            index.apply(encoded, max(newest, saved.mark.sequence))
+        finally:
+            index.close()
+
+    def _give(self, places: Iterable[Path]) -> None:
+        """Makes them the user's whose node is to open them; ConfigError where it is not allowed."""
+        owner = self._owner
+        for place in places:
+            if place.stat().st_uid == owner.st_uid:
+                continue
+            try:
+                os.chown(place, owner.st_uid, owner.st_gid)
+            except OSError as error:
+                raise ConfigError(
+                    f"SSD index {self._path} belongs to user id {owner.st_uid}, to whom a new one "
+                    f"cannot be given ({error.strerror}): repair it as that user or as root"
+                ) from None
+
+    def close(self) -> None:
+        """Removes what was made beside the index."""
+        shutil.rmtree(self._new, ignore_errors=True)
 
 
 def _owner(path: Path, folder: Path) -> os.stat_result:
@@ -82,37 +128,25 @@ def _owner(path: Path, folder: Path) -> os.stat_result:
     return folder.stat()
 
 
-def _give(places: Iterable[Path], owner: os.stat_result, path: Path) -> None:
-    """Makes them the user's whose node is to open them; ConfigError where that is not allowed."""
-    for place in places:
-        if place.stat().st_uid == owner.st_uid:
-            continue
-        try:
-            os.chown(place, owner.st_uid, owner.st_gid)
-        except OSError as error:
-            raise ConfigError(
-                f"SSD index {path} belongs to user id {owner.st_uid}, to whom a new one cannot be "
-                f"given ({error.strerror}): repair it as that user or as root"
-            ) from None
-
-
 def _saved(path: Path) -> Saved:
     node_ids: Counter[str] = Counter()
-    newest: dict[bytes, tuple[int, bytes]] = {}
+    mark = Mark()
+    records: dict[tuple[bytes, bytes], int] = {}
     namespaces: dict[bytes, bytes] = {}
     for key, value in _entries(path):
         with contextlib.suppress(CorruptError):
-            record = SsdRecord.decode(key, value)
-            newest[key] = max(newest.get(key, (-1, b"")), (record.sequence, value))
+            records[key, value] = SsdRecord.decode(key, value).sequence
             continue
+        with contextlib.suppress(CorruptError):
+            mark = max(mark, Mark.decode(value) if key == MARK_KEY else mark)
         if key == NODE_KEY and value.isascii() and len(value) <= NODE_ID_BYTES_MAX:
             node_ids[value.decode()] += 1
         with contextlib.suppress(DecodeError):
             if len(key) == KEY_BYTES and master_pb2.NamespaceReport.FromString(value).root == key:
                 namespaces[key] = value
     likely = node_ids.most_common(1)
-    records = {key: value for key, (_, value) in newest.items()}
-    return Saved(likely[0][0] if likely else "", records, namespaces)
+    entries = [entry for entry, sequence in records.items() if sequence >= mark.floor]
+    return Saved(likely[0][0] if likely else "", mark, entries, namespaces)
 
 
 def _entries(path: Path) -> Iterator[tuple[bytes, bytes]]:

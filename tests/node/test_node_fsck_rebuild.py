@@ -1,0 +1,295 @@
+"""kvstore fsck's repair of an index: of what its pages still hold, the bytes say what is true."""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import pytest
+import xxhash
+from kvstore.core.fsck import Fault, count_faults
+from kvstore.core.ssd_mark import Mark
+from kvstore.core.ssd_record import NO_PARENT, SsdRecord
+from kvstore.core.types import Tier
+from kvstore.node import fsck as check
+from kvstore.node.ssd_index import SsdIndex
+
+from tests.node.rig import SYNCED, LocalNode, RawSession, keys_of
+
+PAGE = 4096
+SLOTS = 256
+ROOT = b"r" * 32
+OLD, NEW = 200, 50
+MakeNode = Callable[..., LocalNode]
+
+
+def key_of(number: int) -> bytes:
+    return number.to_bytes(32, "big")
+
+
+class Directory:
+    """An SSD directory written block by block; ``slots`` has what is on the medium."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        self.index = SsdIndex(path, SLOTS, "node-1")
+        self.data = open(path / "data", "w+b")  # noqa: SIM115  (closed by ``lose_the_root``)
+        self.data.truncate(SLOTS * PAGE)
+
+    def write(self, number: int, slot: int, sequence: int, data: bytes | None = None) -> SsdRecord:
+        """One block of one page, at the root of its namespace."""
+        data = os.urandom(PAGE) if data is None else data
+        sums = (xxhash.xxh3_64_intdigest(data),)
+        self.data.seek(slot * PAGE)
+        self.data.write(data)
+        record = SsdRecord(key_of(number), ROOT, NO_PARENT, PAGE, slot * PAGE, sums, sequence)
+        self.index.apply([(record.key, record.encode())], sequence)
+        return record
+
+    def remove(self, numbers: Iterable[int]) -> None:
+        self.index.apply([(key_of(number), None) for number in numbers])
+
+    def lose_the_root(self) -> None:
+        """Closes the directory, and damages its index."""
+        self.index.close()
+        self.data.close()
+        lose_the_root(self.path)
+
+    def kept(self) -> dict[int, SsdRecord]:
+        """The records of the index, by number."""
+        index = SsdIndex.existing(self.path, read_only=True)
+        found = [SsdRecord.decode(key, value) for key, value in zip(*index.entries(), strict=True)]
+        index.close()
+        return {int.from_bytes(record.key, "big"): record for record in found}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Directory:
+    return Directory(tmp_path / "ssd")
+
+
+def lose_the_root(folder: Path) -> None:
+    """Damages what both transactions of the index begin with, and nothing that it holds."""
+    with open(folder / "index" / "data.mdb", "r+b") as file:
+        for page in (0, PAGE):
+            file.seek(page + 16)
+            file.write(b"gone")
+
+
+def forget_the_mark(folder: Path) -> None:
+    """Makes of an index one of a version that knew no marks."""
+    env = lmdb.open(str(folder / "index"), max_dbs=3)
+    with env.begin(write=True, db=env.open_db(b"meta")) as txn:
+        assert txn.delete(b"sequences")
+    env.close()
+
+
+def run(folder: Path, *, repair: bool = False) -> check.Report:
+    return check.fsck(folder, repair=repair, progress=lambda _done, _total: None)
+
+
+def test_I8_a_stale_record_with_a_higher_sequence_loses_to_the_bytes(directory: Directory) -> None:
+    for number in range(OLD):
+        directory.write(number, number, 1000 + number)
+    directory.remove(range(1, OLD))
+    for number in range(1001, 1001 + NEW):  # over the bytes of the first ones
+        directory.write(number, number - 1000, number - 1000)
+    directory.lose_the_root()
+    report = run(directory.path, repair=True)
+    assert report.index_damage
+    kept = directory.kept()
+    assert kept.keys() >= {0, *range(1001, 1001 + NEW)}
+    assert not kept.keys() & set(range(1, NEW + 1))
+    assert count_faults(report.findings).keys() <= {Fault.OVERLAP}
+    assert run(directory.path).clean
+
+
+def test_I8_of_two_records_of_one_key_the_one_with_its_bytes_stays(directory: Directory) -> None:
+    directory.write(0, 100, 1)
+    stale = directory.write(1, 5, 1000)
+    for number in range(2, 40):
+        directory.write(number, 40 + number, 1000 + number)
+    directory.remove(range(1, 40))
+    live = directory.write(1, 6, 2)
+    directory.write(40, 5, 3)
+    directory.lose_the_root()
+    assert stale.encode() in (directory.path / "index" / "data.mdb").read_bytes()
+    run(directory.path, repair=True)
+    kept = directory.kept()
+    assert (kept[1], kept[40].ssd_offset) == (live, 5 * PAGE)
+
+
+def test_I8_of_two_records_that_have_their_bytes_the_newer_stays(directory: Directory) -> None:
+    same = os.urandom(PAGE)
+    directory.write(0, 100, 1)
+    directory.write(1, 5, 2, same)
+    directory.write(2, 6, 3)
+    directory.remove([1])
+    directory.write(3, 5, 4, same)
+    directory.lose_the_root()
+    run(directory.path, repair=True)
+    assert directory.kept().keys() == {0, 2, 3}
+
+
+def test_I8_what_was_removed_before_the_index_was_empty_stays_away(directory: Directory) -> None:
+    for number in range(50):
+        directory.write(number, number, number + 1)
+    directory.remove(range(50))
+    directory.write(100, 200, 51)
+    directory.lose_the_root()
+    report = run(directory.path, repair=True)
+    assert directory.kept().keys() == {100}
+    assert (report.records, report.findings) == (1, [])
+
+
+def mark_in(folder: Path) -> Mark:
+    env = lmdb.open(str(folder / "index"), max_dbs=3, readonly=True, lock=False)
+    with env.begin(db=env.open_db(b"meta", create=False)) as txn:
+        value = txn.get(b"sequences")
+    env.close()
+    assert value is not None
+    return Mark.decode(value)
+
+
+def test_I8_a_repair_keeps_the_mark(directory: Directory) -> None:
+    for number in range(9):
+        directory.write(number, number, number + 1)
+    directory.remove(range(5, 9))
+    directory.lose_the_root()
+    run(directory.path, repair=True)
+    assert mark_in(directory.path).sequence == 9
+
+
+def test_I8_records_that_a_repair_drops_count_in_an_index_without_a_mark(
+    directory: Directory,
+) -> None:
+    for number in range(9):
+        directory.write(number, number, number + 1)
+    directory.data.seek(8 * PAGE)
+    directory.data.write(b"wrong")
+    directory.index.close()
+    directory.data.close()
+    forget_the_mark(directory.path)
+    assert count_faults(run(directory.path, repair=True).findings) == {Fault.CORRUPT: 1}
+    assert mark_in(directory.path) == Mark(9, 1)
+
+
+def test_a_mark_with_a_flipped_byte_is_as_none(
+    directory: Directory, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory.write(0, 0, 7)
+    directory.index.close()
+    directory.data.close()
+    path = directory.path / "index" / "data.mdb"
+    good = Mark(7, 0).encode()
+    assert good in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(good, good[:-1] + b"?"))
+    assert run(directory.path).clean
+    assert "mark" in caplog.text
+
+
+async def purged_and_restarted(
+    make_node: MakeNode, old: list[bytes], new: list[bytes], *, stays: int
+) -> Path:
+    """Stores old blocks, removes all but some, restarts, stores new ones; the node is stopped."""
+    node = make_node()
+    await node.start()
+    session = await RawSession.open(node.address)
+    for first in range(0, OLD, 50):
+        put = await session.put(old[first : first + 50], level=SYNCED)
+        assert put == bytes([SYNCED] * 50)
+    await session.goodbye()
+    core, now = node.node.core, node.node.now()
+    gone = b"".join(old[stays:])
+    effects, _ = core.evict(Tier.SSD, gone, 0, True, now) if stays else core.purge(None, now)
+    node.node.apply(effects)
+    await node.idle()
+    await node.stop()
+    node = make_node()
+    await node.start()
+    session = await RawSession.open(node.address)
+    assert await session.put(new, level=SYNCED) == bytes([SYNCED] * NEW)
+    await session.goodbye()
+    await node.stop()
+    return node.config.ssd_path
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("stays", [0, 1])
+async def test_I8_no_live_block_is_lost_to_a_purged_one(
+    make_node: MakeNode, monkeypatch: pytest.MonkeyPatch, marked: bool, stays: int
+) -> None:
+    old, new = keys_of(OLD, seed=1), keys_of(NEW, seed=2)
+    with monkeypatch.context() as patched:
+        if not marked:  # an index of a version that knew no marks
+            patched.setattr(Mark, "after", lambda *_, **__: Mark())
+            patched.setattr(Mark, "of", lambda *_: Mark())
+        folder = await purged_and_restarted(make_node, old, new, stays=stays)
+    lose_the_root(folder)
+    run(folder, repair=True)
+    assert run(folder).clean
+    node = make_node()
+    await node.start()
+    session = await RawSession.open(node.address)
+    assert (await session.check(new)).granted == NEW
+    granted = (await session.check(old)).granted
+    assert granted == 0 or not (marked and not stays)
+    await session.goodbye()
+    await node.stop()
+
+
+async def test_I8_sequences_go_on_after_a_purge_and_a_restart(make_node: MakeNode) -> None:
+    old, new = keys_of(OLD, seed=1), keys_of(NEW, seed=2)
+    folder = await purged_and_restarted(make_node, old, new, stays=0)
+    assert mark_in(folder) == Mark(OLD + NEW, OLD + 1)
+
+
+def test_a_check_does_not_lengthen_the_index(directory: Directory) -> None:
+    """LMDB does not write pages at the end of its file that are in no tree."""
+    for number in range(SLOTS):
+        directory.write(number, number, number + 1)
+    directory.remove(range(10, SLOTS))
+    for number in range(8):
+        directory.write(number, number, 1000 + number)
+    directory.index.close()
+    directory.data.close()
+    path = directory.path / "index" / "data.mdb"
+    os.truncate(path, path.stat().st_size - PAGE)
+    short = path.read_bytes()
+    before = set(directory.path.rglob("*"))
+    assert run(directory.path).clean
+    assert path.read_bytes() == short
+    assert set(directory.path.rglob("*")) == before, "neither a lock file"
+    assert run(directory.path, repair=True).clean
+
+
+def everything_in(folder: Path) -> set[Path]:
+    return {folder, *folder.rglob("*")}
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
+@pytest.mark.parametrize("repair", [False, True])
+def test_what_root_makes_in_a_copied_directory_is_its_owners(
+    directory: Directory, repair: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory.write(0, 0, 1)
+    directory.index.close()
+    directory.data.close()
+    (directory.path / "index" / "lock.mdb").unlink()
+    for path in everything_in(directory.path):
+        os.chown(path, 12345, 12346)
+    owners: set[Any] = set()
+    real = check._check
+
+    def see(*arguments: Any) -> Any:
+        made = [path.stat() for path in everything_in(directory.path)]
+        owners.update((found.st_uid, found.st_gid) for found in made)
+        return real(*arguments)
+
+    monkeypatch.setattr(check, "_check", see)
+    before = everything_in(directory.path)
+    assert run(directory.path, repair=repair).clean
+    assert owners == {(12345, 12346)}
+    assert everything_in(directory.path) == before
