@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvstore_proto import common_pb2 as kvstore__proto_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvstore_proto/master.proto\x12\nkvstore.v1\x1a\x1akvstore_proto/common.proto\"\xd6\x02\n\nNodeReport\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.kvstore.v1.NodeHelloH\x00\x12\x30\n\tnamespace\x18\x02 \x01(\x0b\x32\x1b.kvstore.v1.NamespaceReportH\x00\x12,\n\tinventory\x18\x03 \x01(\x0b\x32\x17.kvstore.v1.BlockEventsH\x00\x12\x31\n\rinventory_end\x18\x04 \x01(\x0b\x32\x18.kvstore.v1.InventoryEndH\x00\x12(\n\x05\x64\x65lta\x18\x05 \x01(\x0b\x32\x17.kvstore.v1.BlockEventsH\x00\x12*\n\theartbeat\x18\x06 \x01(\x0b\x32\x15.kvstore.v1.HeartbeatH\x00\x12-\n\x06result\x18\x07 \x01(\x0b\x32\x1b.kvstore.v1.DirectiveResultH\x00\x42\x08\n\x06report\"\x93\x01\n\tNodeHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x15\n\rcluster_epoch\x18\x06 \x01(\x04\x12\x10\n\x08hostname\x18\x07 \x01(\t\"T\n\x0fNamespaceReport\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12#\n\x04spec\x18\x02 \x01(\x0b\x32\x15.kvstore.v1.CacheSpec\x12\x0e\n\x06tenant\x18\x03 \x01(\t\"\x91\x01\n\x0b\x42lockEvents\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04root\x18\x02 \x01(\x0c\x12\x1e\n\x04tier\x18\x03 \x01(\x0e\x32\x10.kvstore.v1.Tier\x12\x11\n\tengine_id\x18\x04 \x01(\t\x12\x0e\n\x06stored\x18\x05 \x01(\x0c\x12\x0f\n\x07removed\x18\x06 \x01(\x0c\x12\x0f\n\x07\x63leared\x18\x07 \x01(\x08\"\x1e\n\x0cInventoryEnd\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\"\x82\x01\n\tHeartbeat\x12$\n\x05tiers\x18\x01 \x03(\x0b\x32\x15.kvstore.v1.TierUsage\x12\x10\n\x08sessions\x18\x02 \x01(\r\x12\x14\n\x0csent_unix_ms\x18\x03 \x01(\x04\x12\x10\n\x08problems\x18\x04 \x03(\t\x12\x15\n\rssd_admission\x18\x05 \x01(\t\"\xe6\x01\n\tDirective\x12\n\n\x02id\x18\x01 \x01(\x04\x12,\n\x07welcome\x18\x02 \x01(\x0b\x32\x19.kvstore.v1.MasterWelcomeH\x00\x12(\n\x05\x65vict\x18\x03 \x01(\x0b\x32\x17.kvstore.v1.EvictBlocksH\x00\x12+\n\x05purge\x18\x04 \x01(\x0b\x32\x1a.kvstore.v1.PurgeNamespaceH\x00\x12$\n\x06resync\x18\x05 \x01(\x0b\x32\x12.kvstore.v1.ResyncH\x00\x12\x15\n\rcluster_epoch\x18\x06 \x01(\x04\x42\x0b\n\tdirective\"M\n\rMasterWelcome\x12\x15\n\rcluster_epoch\x18\x01 \x01(\x04\x12\x14\n\x0cheartbeat_ms\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\t\"X\n\x0b\x45victBlocks\x12\x1e\n\x04tier\x18\x01 \x01(\x0e\x32\x10.kvstore.v1.Tier\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x64rop\x18\x04 \x01(\x08\"\x1e\n\x0ePurgeNamespace\x12\x0c\n\x04root\x18\x01 \x01(\x0c\"\x08\n\x06Resync\"[\n\x0f\x44irectiveResult\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0e\n\x06pinned\x18\x04 \x01(\x04\x12\r\n\x05\x65rror\x18\x05 \x01(\t\"\x1d\n\rLocateRequest\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\"i\n\x0eLocateResponse\x12$\n\x04runs\x18\x01 \x03(\x0b\x32\x16.kvstore.v1.LocatedRun\x12\r\n\x05\x66ound\x18\x02 \x01(\r\x12\"\n\x03\x65nd\x18\x03 \x01(\x0e\x32\x15.kvstore.v1.EndReason\"\x1c\n\x0cWatchRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x32\xc5\x01\n\x06Master\x12<\n\x07Session\x12\x16.kvstore.v1.NodeReport\x1a\x15.kvstore.v1.Directive(\x01\x30\x01\x12?\n\x06Locate\x12\x19.kvstore.v1.LocateRequest\x1a\x1a.kvstore.v1.LocateResponse\x12<\n\x05Watch\x12\x18.kvstore.v1.WatchRequest\x1a\x17.kvstore.v1.BlockEvents0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvstore_proto/master.proto\x12\nkvstore.v1\x1a\x1akvstore_proto/common.proto\"\x87\x03\n\nNodeReport\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.kvstore.v1.NodeHelloH\x00\x12\x30\n\tnamespace\x18\x02 \x01(\x0b\x32\x1b.kvstore.v1.NamespaceReportH\x00\x12,\n\tinventory\x18\x03 \x01(\x0b\x32\x17.kvstore.v1.BlockEventsH\x00\x12\x31\n\rinventory_end\x18\x04 \x01(\x0b\x32\x18.kvstore.v1.InventoryEndH\x00\x12(\n\x05\x64\x65lta\x18\x05 \x01(\x0b\x32\x17.kvstore.v1.BlockEventsH\x00\x12*\n\theartbeat\x18\x06 \x01(\x0b\x32\x15.kvstore.v1.HeartbeatH\x00\x12-\n\x06result\x18\x07 \x01(\x0b\x32\x1b.kvstore.v1.DirectiveResultH\x00\x12/\n\x07\x64ropped\x18\x08 \x01(\x0b\x32\x1c.kvstore.v1.NamespaceDroppedH\x00\x42\x08\n\x06report\"\x93\x01\n\tNodeHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x15\n\rcluster_epoch\x18\x06 \x01(\x04\x12\x10\n\x08hostname\x18\x07 \x01(\t\"T\n\x0fNamespaceReport\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12#\n\x04spec\x18\x02 \x01(\x0b\x32\x15.kvstore.v1.CacheSpec\x12\x0e\n\x06tenant\x18\x03 \x01(\t\" \n\x10NamespaceDropped\x12\x0c\n\x04root\x18\x01 \x01(\x0c\"\x91\x01\n\x0b\x42lockEvents\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04root\x18\x02 \x01(\x0c\x12\x1e\n\x04tier\x18\x03 \x01(\x0e\x32\x10.kvstore.v1.Tier\x12\x11\n\tengine_id\x18\x04 \x01(\t\x12\x0e\n\x06stored\x18\x05 \x01(\x0c\x12\x0f\n\x07removed\x18\x06 \x01(\x0c\x12\x0f\n\x07\x63leared\x18\x07 \x01(\x08\"\x1e\n\x0cInventoryEnd\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\"\x82\x01\n\tHeartbeat\x12$\n\x05tiers\x18\x01 \x03(\x0b\x32\x15.kvstore.v1.TierUsage\x12\x10\n\x08sessions\x18\x02 \x01(\r\x12\x14\n\x0csent_unix_ms\x18\x03 \x01(\x04\x12\x10\n\x08problems\x18\x04 \x03(\t\x12\x15\n\rssd_admission\x18\x05 \x01(\t\"\xe6\x01\n\tDirective\x12\n\n\x02id\x18\x01 \x01(\x04\x12,\n\x07welcome\x18\x02 \x01(\x0b\x32\x19.kvstore.v1.MasterWelcomeH\x00\x12(\n\x05\x65vict\x18\x03 \x01(\x0b\x32\x17.kvstore.v1.EvictBlocksH\x00\x12+\n\x05purge\x18\x04 \x01(\x0b\x32\x1a.kvstore.v1.PurgeNamespaceH\x00\x12$\n\x06resync\x18\x05 \x01(\x0b\x32\x12.kvstore.v1.ResyncH\x00\x12\x15\n\rcluster_epoch\x18\x06 \x01(\x04\x42\x0b\n\tdirective\"M\n\rMasterWelcome\x12\x15\n\rcluster_epoch\x18\x01 \x01(\x04\x12\x14\n\x0cheartbeat_ms\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\t\"X\n\x0b\x45victBlocks\x12\x1e\n\x04tier\x18\x01 \x01(\x0e\x32\x10.kvstore.v1.Tier\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x64rop\x18\x04 \x01(\x08\"\x1e\n\x0ePurgeNamespace\x12\x0c\n\x04root\x18\x01 \x01(\x0c\"\x08\n\x06Resync\"[\n\x0f\x44irectiveResult\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0e\n\x06pinned\x18\x04 \x01(\x04\x12\r\n\x05\x65rror\x18\x05 \x01(\t\"\x1d\n\rLocateRequest\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\"i\n\x0eLocateResponse\x12$\n\x04runs\x18\x01 \x03(\x0b\x32\x16.kvstore.v1.LocatedRun\x12\r\n\x05\x66ound\x18\x02 \x01(\r\x12\"\n\x03\x65nd\x18\x03 \x01(\x0e\x32\x15.kvstore.v1.EndReason\"\x1c\n\x0cWatchRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x32\xc5\x01\n\x06Master\x12<\n\x07Session\x12\x16.kvstore.v1.NodeReport\x1a\x15.kvstore.v1.Directive(\x01\x30\x01\x12?\n\x06Locate\x12\x19.kvstore.v1.LocateRequest\x1a\x1a.kvstore.v1.LocateResponse\x12<\n\x05Watch\x12\x18.kvstore.v1.WatchRequest\x1a\x17.kvstore.v1.BlockEvents0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,35 +33,37 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvstore_proto.master_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NODEREPORT']._serialized_start=71
-  _globals['_NODEREPORT']._serialized_end=413
-  _globals['_NODEHELLO']._serialized_start=416
-  _globals['_NODEHELLO']._serialized_end=563
-  _globals['_NAMESPACEREPORT']._serialized_start=565
-  _globals['_NAMESPACEREPORT']._serialized_end=649
-  _globals['_BLOCKEVENTS']._serialized_start=652
-  _globals['_BLOCKEVENTS']._serialized_end=797
-  _globals['_INVENTORYEND']._serialized_start=799
-  _globals['_INVENTORYEND']._serialized_end=829
-  _globals['_HEARTBEAT']._serialized_start=832
-  _globals['_HEARTBEAT']._serialized_end=962
-  _globals['_DIRECTIVE']._serialized_start=965
-  _globals['_DIRECTIVE']._serialized_end=1195
-  _globals['_MASTERWELCOME']._serialized_start=1197
-  _globals['_MASTERWELCOME']._serialized_end=1274
-  _globals['_EVICTBLOCKS']._serialized_start=1276
-  _globals['_EVICTBLOCKS']._serialized_end=1364
-  _globals['_PURGENAMESPACE']._serialized_start=1366
-  _globals['_PURGENAMESPACE']._serialized_end=1396
-  _globals['_RESYNC']._serialized_start=1398
-  _globals['_RESYNC']._serialized_end=1406
-  _globals['_DIRECTIVERESULT']._serialized_start=1408
-  _globals['_DIRECTIVERESULT']._serialized_end=1499
-  _globals['_LOCATEREQUEST']._serialized_start=1501
-  _globals['_LOCATEREQUEST']._serialized_end=1530
-  _globals['_LOCATERESPONSE']._serialized_start=1532
-  _globals['_LOCATERESPONSE']._serialized_end=1637
-  _globals['_WATCHREQUEST']._serialized_start=1639
-  _globals['_WATCHREQUEST']._serialized_end=1667
-  _globals['_MASTER']._serialized_start=1670
-  _globals['_MASTER']._serialized_end=1867
+  _globals['_NODEREPORT']._serialized_end=462
+  _globals['_NODEHELLO']._serialized_start=465
+  _globals['_NODEHELLO']._serialized_end=612
+  _globals['_NAMESPACEREPORT']._serialized_start=614
+  _globals['_NAMESPACEREPORT']._serialized_end=698
+  _globals['_NAMESPACEDROPPED']._serialized_start=700
+  _globals['_NAMESPACEDROPPED']._serialized_end=732
+  _globals['_BLOCKEVENTS']._serialized_start=735
+  _globals['_BLOCKEVENTS']._serialized_end=880
+  _globals['_INVENTORYEND']._serialized_start=882
+  _globals['_INVENTORYEND']._serialized_end=912
+  _globals['_HEARTBEAT']._serialized_start=915
+  _globals['_HEARTBEAT']._serialized_end=1045
+  _globals['_DIRECTIVE']._serialized_start=1048
+  _globals['_DIRECTIVE']._serialized_end=1278
+  _globals['_MASTERWELCOME']._serialized_start=1280
+  _globals['_MASTERWELCOME']._serialized_end=1357
+  _globals['_EVICTBLOCKS']._serialized_start=1359
+  _globals['_EVICTBLOCKS']._serialized_end=1447
+  _globals['_PURGENAMESPACE']._serialized_start=1449
+  _globals['_PURGENAMESPACE']._serialized_end=1479
+  _globals['_RESYNC']._serialized_start=1481
+  _globals['_RESYNC']._serialized_end=1489
+  _globals['_DIRECTIVERESULT']._serialized_start=1491
+  _globals['_DIRECTIVERESULT']._serialized_end=1582
+  _globals['_LOCATEREQUEST']._serialized_start=1584
+  _globals['_LOCATEREQUEST']._serialized_end=1613
+  _globals['_LOCATERESPONSE']._serialized_start=1615
+  _globals['_LOCATERESPONSE']._serialized_end=1720
+  _globals['_WATCHREQUEST']._serialized_start=1722
+  _globals['_WATCHREQUEST']._serialized_end=1750
+  _globals['_MASTER']._serialized_start=1753
+  _globals['_MASTER']._serialized_end=1950
 # @@protoc_insertion_point(module_scope)

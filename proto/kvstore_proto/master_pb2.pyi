@@ -30,6 +30,7 @@ class NodeReport(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___NodeHello: ...
     @_builtins.property
@@ -48,6 +49,8 @@ class NodeReport(_message.Message):
     def heartbeat(self) -> Global___Heartbeat: ...
     @_builtins.property
     def result(self) -> Global___DirectiveResult: ...
+    @_builtins.property
+    def dropped(self) -> Global___NamespaceDropped: ...
     def __init__(
         self,
         *,
@@ -58,12 +61,13 @@ class NodeReport(_message.Message):
         delta: Global___BlockEvents | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         result: Global___DirectiveResult | None = ...,
+        dropped: Global___NamespaceDropped | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "heartbeat", b"heartbeat", "hello", b"hello", "inventory", b"inventory", "inventory_end", b"inventory_end", "namespace", b"namespace", "report", b"report", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "dropped", b"dropped", "heartbeat", b"heartbeat", "hello", b"hello", "inventory", b"inventory", "inventory_end", b"inventory_end", "namespace", b"namespace", "report", b"report", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "heartbeat", b"heartbeat", "hello", b"hello", "inventory", b"inventory", "inventory_end", b"inventory_end", "namespace", b"namespace", "report", b"report", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "dropped", b"dropped", "heartbeat", b"heartbeat", "hello", b"hello", "inventory", b"inventory", "inventory_end", b"inventory_end", "namespace", b"namespace", "report", b"report", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["hello", "namespace", "inventory", "inventory_end", "delta", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["hello", "namespace", "inventory", "inventory_end", "delta", "heartbeat", "result", "dropped"]  # noqa: Y015
     _WhichOneofArgType_report: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_report) -> _WhichOneofReturnType_report | None: ...
 
@@ -138,6 +142,27 @@ class NamespaceReport(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NamespaceReport: _TypeAlias = NamespaceReport  # noqa: Y015
+
+@_typing.final
+class NamespaceDropped(_message.Message):
+    """The node has no block of this namespace, and no client that has it open."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROOT_FIELD_NUMBER: _builtins.int
+    root: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        root: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["root", b"root"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NamespaceDropped: _TypeAlias = NamespaceDropped  # noqa: Y015
 
 @_typing.final
 class BlockEvents(_message.Message):

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 from kvstore.core.effects import Body, Committed, End, Failed, Granted, Reply, Reserved
 from kvstore.core.spec import CacheSpec
-from kvstore.core.types import AckLevel, EndReason, ReserveStatus, SlotRun, Tier
+from kvstore.core.types import AckLevel, EndReason, Namespace, ReserveStatus, SlotRun, Tier
 from kvstore.node.node import Node
 from kvstore.node.settings import NodeConfig
 
@@ -56,9 +56,10 @@ class DiskNode:
         self._answers: dict[int, asyncio.Queue[Body]] = {}
         self.driver.sinks[SESSION] = self._hear
         self.core.open_session(SESSION)
-        self.namespace = self.node.open_namespace(SPEC, "")
+        self.namespace: Namespace
 
     async def __aenter__(self) -> Self:
+        self.namespace = await self.node.open_namespace(SPEC, "", SESSION)
         return self
 
     async def __aexit__(

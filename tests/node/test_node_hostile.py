@@ -127,8 +127,9 @@ async def test_I9_a_bug_in_a_commit_fails_its_writes_and_no_later_one_waits(
 async def test_I9_a_namespace_opens_on_a_full_disk(
     node: LocalNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ssd = node.node.driver.ssd
+    ssd, keeper = node.node.driver.ssd, node.node.namespaces
     assert ssd is not None
+    assert keeper is not None
 
     class FullDisk:
         def begin(self, **_: object) -> None:
@@ -143,9 +144,9 @@ async def test_I9_a_namespace_opens_on_a_full_disk(
         assert session.namespace
         assert await session.put(keys_of(4)) == bytes([1] * 4)
         assert (await session.check(keys_of(4))).granted == 4
-        assert session.root not in node.node._known_roots
+        assert session.root not in keeper.known
     await session.open_namespace(SPEC)
-    assert session.root in node.node._known_roots
+    assert session.root in keeper.known
     await session.goodbye()
 
 

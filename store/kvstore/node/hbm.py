@@ -23,20 +23,26 @@ class HbmInventory:
         come, gone = split_keys(stored), split_keys(removed)
         if cleared:
             self.clear(root, engine_id)
-        held = self._keys.setdefault((root, engine_id), set())
+        held = self._keys.pop((root, engine_id), set())
         before = len(held)
         held.difference_update(gone)
-        self._room += before - len(held)
         fresh = set(come) - held
-        if len(fresh) > self._room:
+        refused = len(fresh) > self._room + before - len(held)
+        if refused:
             self.refused += len(fresh)
-            return
-        held |= fresh
-        self._room -= len(fresh)
+        else:
+            held |= fresh
+        self._room += before - len(held)
+        if held or refused:
+            self._keys[root, engine_id] = held
 
     def clear(self, root: bytes, engine_id: str) -> None:
         """The engine holds nothing of this namespace."""
         self._room += len(self._keys.pop((root, engine_id), ()))
+
+    def roots(self) -> set[bytes]:
+        """Namespaces of which any engine holds blocks."""
+        return {root for root, _ in self._keys}
 
     def roots_of(self, engine_id: str) -> list[bytes]:
         """Namespaces of which the engine holds blocks."""

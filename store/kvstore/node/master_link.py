@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import grpc
-from kvstore_proto import master_pb2, master_pb2_grpc
+from kvstore_proto import master_pb2_grpc
 
 from kvstore.daemon import MESSAGE_BYTES_MAX, split_host_port
 from kvstore.errors import KVStoreError, PreconditionError
@@ -77,9 +77,9 @@ class MasterLink:
         self._reports.changed(root, tier, engine_id, stored, removed, cleared=cleared)
         self._wake.set()
 
-    def namespace_opened(self, report: master_pb2.NamespaceReport) -> None:
-        """A client opened a namespace."""
-        self._reports.namespace_opened(report)
+    def namespaces_changed(self) -> None:
+        """A client opened a namespace, and another one may have gone for it."""
+        self._reports.namespaces_changed()
         self._wake_at_once()
 
     def _wake_at_once(self) -> None:

@@ -27,6 +27,7 @@ from kvstore.node.dir_lock import DirectoryLock
 from kvstore.node.driver import Driver
 from kvstore.node.hbm import HbmInventory
 from kvstore.node.master_link import MasterLink
+from kvstore.node.namespaces import NamespaceKeeper
 from kvstore.node.pool import SharedFile, remove_dead_siblings, remove_stale_files
 from kvstore.node.scrub import Scrubber
 from kvstore.node.settings import NodeConfig
@@ -103,7 +104,8 @@ class Node:
             resources.callback(self.clients.close)
             self.link = MasterLink(config.master, self)
             self.scrubber: Scrubber | None = None
-            restored = self._restore(ssd[1]) if ssd is not None else Effects()
+            self.namespaces: NamespaceKeeper | None = None
+            restored = self._restore(resources, ssd[1]) if ssd is not None else Effects()
             self.pool.wait_taken()
             if ssd is not None:
                 memory = memoryview(self.pool.map)
@@ -155,13 +157,15 @@ class Node:
         index.note_data_bytes(file.capacity_bytes)
         return file, index
 
-    def _restore(self, index: SsdIndex) -> Effects:
+    def _restore(self, resources: contextlib.ExitStack, index: SsdIndex) -> Effects:
         """Takes over what an earlier instance left on SSD, while the pool's pages are taken."""
         keys, values = index.entries()
         records, usable = decode_columns(keys, values)
         broken = [DropSsd(-1, keys[i], 0) for i in (~usable).nonzero()[0].tolist()]
-        self._known_roots = index.keep_namespaces(records.roots())
-        for root, encoded in self._known_roots.items():
+        known = index.keep_namespaces(records.roots())
+        self.namespaces = NamespaceKeeper(self.core, index, known)
+        resources.callback(self.namespaces.close)
+        for root, encoded in known.items():
             try:
                 report = master_pb2.NamespaceReport.FromString(encoded)
                 if report.root != root:
@@ -218,15 +222,15 @@ class Node:
             has_master=self.link.connected,
         )
 
-    def open_namespace(self, spec: CacheSpec, tenant: str) -> Namespace:
-        """The namespace of a spec; durable before anything is stored in it, if the SSD works."""
-        namespace = self.core.open_namespace(spec, tenant)
-        report = translate.namespace_to_message(namespace)
-        if self.driver.ssd is not None and namespace.root not in self._known_roots:
-            encoded = report.SerializeToString()
-            if self.driver.ssd.index.add_namespace(namespace.root, encoded):
-                self._known_roots[namespace.root] = encoded
-        self.link.namespace_opened(report)
+    async def open_namespace(self, spec: CacheSpec, tenant: str, session_id: int) -> Namespace:
+        """The namespace of a spec; durable before anything is stored in it, if the SSD works.
+
+        At the limit another one goes, if nothing needs it. Errors: NodeCore.open_namespace.
+        """
+        namespace = self.core.open_namespace(spec, tenant, session_id, self.hbm.roots)
+        self.link.namespaces_changed()
+        if self.namespaces is not None:
+            await self.namespaces.keep(namespace.root)
         return namespace
 
     def problems(self) -> list[str]:

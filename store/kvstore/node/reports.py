@@ -3,7 +3,7 @@
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from kvstore_proto import master_pb2
@@ -12,7 +12,7 @@ import kvstore
 from kvstore.core.effects import Effects
 from kvstore.core.keys import KEY_BYTES
 from kvstore.core.node_core import NodeCore
-from kvstore.core.types import Removal, Tier
+from kvstore.core.types import Namespace, Removal, Tier
 from kvstore.errors import (
     InvalidArgumentError,
     KVStoreError,
@@ -61,6 +61,8 @@ class Reports:
         self._node = node
         self._deltas = Deltas()
         self._outgoing: deque[Report] = deque()
+        self._told: dict[bytes, bool] = {}  # roots of namespaces, and whether their spec was known
+        self._retell = False
         self._resync = False
 
     # The session
@@ -84,7 +86,8 @@ class Reports:
         self._node.core.epoch.admit(welcome.cluster_epoch)
         self._deltas.clear()
         self._outgoing.clear()
-        self._resync = True
+        self._told.clear()
+        self._retell, self._resync = False, True
         self.connected = True
 
     def ended(self) -> None:
@@ -107,15 +110,14 @@ class Reports:
         if self.connected:
             self._deltas.add(root, tier, engine_id, stored, removed, cleared)
 
-    def namespace_opened(self, report: master_pb2.NamespaceReport) -> None:
-        """A client opened a namespace."""
-        if self.connected:
-            self._outgoing.append(Report(namespace=report))
+    def namespaces_changed(self) -> None:
+        """A client opened a namespace, and another one may have gone for it."""
+        self._retell = True
 
     @property
     def urgent(self) -> bool:
         """Whether something waits that is not to be gathered with what comes next."""
-        return bool(self._outgoing)
+        return self._retell or bool(self._outgoing)
 
     def due(self) -> Iterator[Report]:
         """All that is to be told now, in its order, made as it is taken.
@@ -124,13 +126,33 @@ class Reports:
         """
         while self._outgoing:
             yield self._outgoing.popleft()
+        if self._retell:
+            self._retell = False
+            known = self._told.items()
+            yield from self._tell(
+                [
+                    n
+                    for n in self._node.core.namespaces()
+                    if (n.root, n.spec is not None) not in known
+                ]
+            )
         if self._resync:
             self._resync = False
             yield from self._inventory()
         if self._deltas.overflowed:
             raise ResourceExhaustedError("it reads too slowly; it gets the whole inventory anew")
+        # A namespace goes after its last block: what of its blocks waits now is all there will be.
+        gone = self._told.keys() - {namespace.root for namespace in self._node.core.namespaces()}
         for event in self._deltas.take():
             yield Report(delta=event)
+        for root in gone:
+            del self._told[root]
+            yield Report(dropped=master_pb2.NamespaceDropped(root=root))
+
+    def _tell(self, namespaces: Iterable[Namespace]) -> Iterator[Report]:
+        for namespace in namespaces:
+            self._told[namespace.root] = namespace.spec is not None
+            yield Report(namespace=translate.namespace_to_message(namespace))
 
     def _inventory(self) -> Iterator[Report]:
         """Every namespace, then every block, as they are at one moment.
@@ -143,8 +165,7 @@ class Reports:
         held = [(root, int(tier), "", keys) for root, tier, keys in core.inventory(INVENTORY_KEYS)]
         for root, engine_id, keys in self._node.hbm.inventory(INVENTORY_KEYS):
             held.append((root, int(Tier.HBM), engine_id, keys))
-        for namespace in namespaces:
-            yield Report(namespace=translate.namespace_to_message(namespace))
+        yield from self._tell(namespaces)
         for root, tier_number, engine_id, keys in held:
             yield Report(inventory=_stored(root, tier_number, engine_id, keys))
             sent += len(keys) // KEY_BYTES

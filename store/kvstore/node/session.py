@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -31,6 +31,8 @@ OUTBOX_PAUSE = 1024  # answers that wait; more, and no further request is read
 OUTBOX_MAX = 65536  # answers that wait; more, and the stream is ended
 HELLO_TIMEOUT_S = 10.0
 LAST_WRITE_S = 1.0
+
+Handler = Callable[[int, Any, float], Effects | Awaitable[None] | None]
 
 
 class Outbox:
@@ -103,7 +105,7 @@ class Session:
         self._ended_by: KVStoreError | None = None
         self._outbox = Outbox(context, self._end)
         self._client: Client
-        self._handlers: dict[str | None, Callable[[int, Any, float], Effects | None]] = {
+        self._handlers: dict[str | None, Handler] = {
             "open_namespace": self._open_namespace,
             "acquire": self._acquire,
             "release": self._release,
@@ -167,9 +169,11 @@ class Session:
             try:
                 if not request.id:
                     raise InvalidArgumentError("a request's id is never 0")
-                effects = handlers[kind](request.id, getattr(request, kind or "id"), driver.now())
-                if effects is not None:
-                    driver.apply(effects)
+                outcome = handlers[kind](request.id, getattr(request, kind or "id"), driver.now())
+                if isinstance(outcome, Effects):
+                    driver.apply(outcome)
+                elif outcome is not None:
+                    await outcome
             except KVStoreError as error:
                 self._outbox.put(translate.error_response(request.id, error))
             except Exception:
@@ -178,10 +182,12 @@ class Session:
                 self._outbox.put(translate.error_response(request.id, bug))
             await self._outbox.room()
 
-    def _open_namespace(self, request_id: int, request: node_pb2.OpenNamespace, now: float) -> None:
+    async def _open_namespace(
+        self, request_id: int, request: node_pb2.OpenNamespace, now: float
+    ) -> None:
         del now
         spec = translate.spec_from_message(request.spec)
-        namespace = self._node.open_namespace(spec, request.tenant)
+        namespace = await self._node.open_namespace(spec, request.tenant, self._client.id)
         opened = node_pb2.NamespaceOpened(namespace_id=namespace.id, root=namespace.root)
         self._outbox.put(node_pb2.SessionResponse(id=request_id, namespace_opened=opened))
 
