@@ -11,6 +11,7 @@ from kvstore_proto import node_pb2, node_pb2_grpc
 
 from kvstore import daemon
 from kvstore.faultpoint import enable_faultpoints
+from kvstore.node.malloc import keep_little_freed_memory
 from kvstore.node.metrics import node_registry
 from kvstore.node.node import Node
 from kvstore.node.service import NodeService
@@ -40,6 +41,7 @@ async def serve(config: NodeConfig) -> None:
     """Runs a node until SIGTERM or SIGINT."""
     daemon.setup_logging(config.log_level)
     sys.setswitchinterval(SWITCH_S)
+    keep_little_freed_memory()
     stop = daemon.stop_event()
     daemon.check_loopback(config.address, insecure=config.insecure)
     async with contextlib.AsyncExitStack() as running:
