@@ -145,9 +145,17 @@ class Locations:
         self._strip(lambda p: p.node_id == node_id, reason)
         return held
 
+    def remove_namespace(self, node_id: str, root: bytes) -> None:
+        """Forgets the places of a namespace that a node has dropped, which would add up else."""
+        self._strip(lambda p: p.root == root and p.node_id == node_id, EndReason.EVICTED)
+
     def expect_purge(self, root: bytes) -> None:
         """Removals in this namespace are a purge, until something is stored in it again."""
         self._purged.add(root)
+
+    def forget_purge(self, root: bytes) -> None:
+        """Nobody has this namespace any more."""
+        self._purged.discard(root)
 
     # Questions
 
@@ -201,6 +209,10 @@ class Locations:
             for place in group.places if group.keys else ():
                 counts[place] = counts.get(place, 0) + group.keys
         return counts
+
+    def roots(self) -> set[bytes]:
+        """Namespaces that have a block somewhere."""
+        return {place.root for place in self.counts()}
 
     def namespace_keys(self) -> dict[bytes, int]:
         """Distinct keys of each namespace that has any."""

@@ -11,7 +11,7 @@ from kvstore.master.cluster_index import ClusterIndex
 from kvstore.master.config import MasterConfig
 from kvstore.master.membership import Node, NodeLink
 from kvstore.master.metrics import MasterMetrics, StateCollector
-from kvstore.master.state.base import KnownNode, MasterState
+from kvstore.master.state.base import NAMESPACES_MAX, KnownNode, MasterState
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ class Cluster:
         self.members = self.index.members
         self.watchers = self.index.watchers
         self.metrics.registry.register(StateCollector(self.locations, self.members, self.watchers))
+        # Those not reported since the master's start first, then the one reported longest ago.
         self.namespaces = {report.root: report for report in state.namespaces()}
         self._state = state
         self._writing = asyncio.Lock()
@@ -62,12 +63,47 @@ class Cluster:
         log.info("node %s is forgotten", node_id)
 
     async def add_namespace(self, report: master_pb2.NamespaceReport) -> None:
-        """Keeps what a namespace is; ResourceExhaustedError where there are too many."""
-        if self.namespaces.get(report.root) == report:
-            return
-        async with self._writing:
-            await asyncio.to_thread(self._state.put_namespace, report)
+        """Keeps what a namespace is.
+
+        At the limit the one goes that was reported longest ago, of those that no node here has and
+        that have no blocks; ResourceExhaustedError if there is none, or if it cannot be durable.
+        """
+        root = report.root
+        if self.namespaces.get(root) != report:
+            async with self._writing:
+                await self._put_namespace(report)
+        self.namespaces[root] = self.namespaces.pop(root)
+
+    async def _put_namespace(self, report: master_pb2.NamespaceReport) -> None:
+        dropped = None
+        if report.root not in self.namespaces and len(self.namespaces) >= NAMESPACES_MAX:
+            # Before anything waits: a node that reports this one meanwhile has it put again.
+            dropped = self.namespaces.pop(self._oldest_unused_namespace())
+        try:
+            await asyncio.to_thread(
+                self._state.put_namespace, report, dropped.root if dropped else b""
+            )
+        except ResourceExhaustedError:
+            if dropped is not None:
+                self.namespaces.setdefault(dropped.root, dropped)
+            raise
         self.namespaces[report.root] = report
+        if dropped is not None:
+            self.locations.forget_purge(dropped.root)
+            log.info("namespace %s is dropped: no node has it", dropped.root.hex())
+
+    def _oldest_unused_namespace(self) -> bytes:
+        reported = self.index.reported
+        if len(reported) < len(self.namespaces):
+            used = self.locations.roots()
+            for root in self.namespaces:
+                if root not in reported and root not in used:
+                    return root
+        raise ResourceExhaustedError(
+            f"{NAMESPACES_MAX} namespaces are known, the most that a master keeps, and each is on "
+            "a node: purge those out of use (`kvstore purge --namespace ROOT`), and restart nodes "
+            "that still have them"
+        )
 
     async def watch_nodes(self) -> None:
         """Ends the sessions of nodes that fell silent, and lets the index forget; never returns."""

@@ -1,6 +1,7 @@
 """Members, the index of their blocks and the epoch, as reports and time change them; no I/O."""
 
 import logging
+from collections import Counter
 
 from kvstore_proto import master_pb2
 
@@ -40,6 +41,7 @@ class ClusterIndex:
         self.locations = Locations(keys_max=config.index_keys_max)
         self.members = Membership(known, lost_after_s=config.lost_after_s)
         self.watchers = Watchers()
+        self.reported: Counter[bytes] = Counter()  # roots, by how many of the nodes here have them
         self._metrics = metrics
 
     # Nodes
@@ -61,6 +63,8 @@ class ClusterIndex:
     def leave(self, link: NodeLink) -> None:
         """The stream of a node is over: its blocks cannot be found any more, from now on."""
         link.ended()
+        for root in list(link.roots):
+            self._has_no_more(link, root)
         if self.members.leave(link):
             blocks = self.forget_blocks(link.node_id)
             log.info("node %s is gone, with %d blocks", link.node_id, blocks)
@@ -77,6 +81,21 @@ class ClusterIndex:
             log.warning("node %s sent nothing for %g s", link.node_id, self.config.lost_after_s)
             link.end(f"no report for {self.config.lost_after_s:g} s")
             self.leave(link)
+
+    # Namespaces
+
+    def has(self, node: Node, link: NodeLink, root: bytes) -> None:
+        """The node has this namespace, which is kept, until it drops it or leaves."""
+        if node.link is link and root not in link.roots:
+            link.roots.add(root)
+            self.reported[root] += 1
+
+    def _has_no_more(self, link: NodeLink, root: bytes) -> None:
+        if root in link.roots:
+            link.roots.remove(root)
+            self.reported[root] -= 1
+            if not self.reported[root]:
+                del self.reported[root]
 
     # The epoch
 
@@ -112,7 +131,7 @@ class ClusterIndex:
     # Reports
 
     def take(self, node: Node, link: NodeLink, report: master_pb2.NodeReport, now: float) -> None:
-        """One report of a node that is here; namespaces are the caller's to keep."""
+        """One report of a node that is here; a namespace that it has is the caller's to keep."""
         kind = report.WhichOneof("report")
         node.last_seen = now
         match kind:
@@ -129,6 +148,10 @@ class ClusterIndex:
                 node.problems = [
                     text[:PROBLEM_CHARS_MAX] for text in report.heartbeat.problems[:PROBLEMS_MAX]
                 ]
+            case "dropped":
+                check_root(report.dropped.root)
+                self._has_no_more(link, report.dropped.root)
+                self.locations.remove_namespace(link.node_id, report.dropped.root)
             case "result":
                 link.resolve(report.result)
             case "hello":

@@ -43,6 +43,7 @@ class NodeLink:
         self.resyncs = 0
         self.restart_inventory = False
         self.ended_because = ""
+        self.roots: set[bytes] = set()  # namespaces that this node has
         self._task = task
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[master_pb2.DirectiveResult]] = {}

@@ -64,14 +64,18 @@ class MasterService(master_pb2_grpc.MasterServicer):
         self._cluster.metrics.reports.labels(kind or "none").inc()
         self._cluster.index.take(node, link, report, time.monotonic())
         if kind == "namespace":
-            await self._take_namespace(report.namespace)
+            await self._take_namespace(node, link, report.namespace)
 
-    async def _take_namespace(self, report: master_pb2.NamespaceReport) -> None:
+    async def _take_namespace(
+        self, node: Node, link: NodeLink, report: master_pb2.NamespaceReport
+    ) -> None:
         check_root(report.root)
         try:
             await self._cluster.add_namespace(report)
         except ResourceExhaustedError as error:
             log.warning("namespace %s is not kept: %s", report.root.hex(), error)
+        else:
+            self._cluster.index.has(node, link, report.root)
 
     async def Locate(  # noqa: N802
         self, request: master_pb2.LocateRequest, context: Context

@@ -40,8 +40,11 @@ class MasterState(Protocol):
         """Every namespace that a node has reported."""
         ...
 
-    def put_namespace(self, report: master_pb2.NamespaceReport) -> None:
-        """Adds or replaces one; ResourceExhaustedError beyond ``NAMESPACES_MAX``."""
+    def put_namespace(self, report: master_pb2.NamespaceReport, dropped: bytes = b"") -> None:
+        """Adds or replaces one, and forgets the one with the root ``dropped``, both or none.
+
+        ResourceExhaustedError beyond ``NAMESPACES_MAX``.
+        """
         ...
 
     def nodes(self) -> list[KnownNode]:

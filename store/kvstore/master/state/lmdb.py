@@ -110,9 +110,10 @@ class LmdbState:
         with self._env.begin(db=self._namespaces) as txn:
             return [master_pb2.NamespaceReport.FromString(raw) for _, raw in txn.cursor()]
 
-    def put_namespace(self, report: master_pb2.NamespaceReport) -> None:
-        """Adds or replaces one."""
-        self._put(self._namespaces, report.root, report.SerializeToString(), NAMESPACES_MAX)
+    def put_namespace(self, report: master_pb2.NamespaceReport, dropped: bytes = b"") -> None:
+        """Adds or replaces one, and forgets ``dropped``."""
+        encoded = report.SerializeToString()
+        self._put(self._namespaces, report.root, encoded, NAMESPACES_MAX, dropped)
 
     def nodes(self) -> list[KnownNode]:
         """Every known node, in the order of their ids."""
@@ -138,9 +139,18 @@ class LmdbState:
         except lmdb.Error as error:
             raise ResourceExhaustedError(f"the cluster state cannot be written: {error}") from None
 
-    def _put(self, table: "lmdb._Database", key: bytes, value: bytes, entries_max: int) -> None:
+    def _put(
+        self,
+        table: "lmdb._Database",
+        key: bytes,
+        value: bytes,
+        entries_max: int,
+        dropped: bytes = b"",
+    ) -> None:
         try:
             with self._env.begin(write=True, db=table) as txn:
+                if dropped:
+                    txn.delete(dropped)
                 if txn.get(key) is None and txn.stat(table)["entries"] >= entries_max:
                     raise ResourceExhaustedError(f"there are {entries_max} such entries already")
                 txn.put(key, value)

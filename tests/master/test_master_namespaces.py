@@ -1,0 +1,216 @@
+"""At its limit a master drops the namespace reported longest ago that no node has."""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from kvstore.core.keys import namespace_root
+from kvstore.core.locations import Locations
+from kvstore.core.spec import CacheSpec
+from kvstore.core.types import EndReason, Tier
+from kvstore.errors import ResourceExhaustedError
+from kvstore.master.state.lmdb import LmdbState
+from kvstore_proto import master_pb2
+
+from tests.master.rig import DEADLINE_S, DRAM, FakeNode, Master, keys, spec_message, until
+
+LIMIT = 3
+
+
+@pytest.fixture(autouse=True)
+def _limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("kvstore.master.cluster", "kvstore.master.state.lmdb"):
+        monkeypatch.setattr(f"{module}.NAMESPACES_MAX", LIMIT)
+
+
+def spec(name: object) -> CacheSpec:
+    return CacheSpec.raw(str(name), block_bytes=4096, block_tokens=4)
+
+
+def root(name: object) -> bytes:
+    return namespace_root(spec(name))
+
+
+def report(name: object) -> master_pb2.NamespaceReport:
+    return master_pb2.NamespaceReport(
+        root=root(name), spec=spec_message(spec(name)), tenant="default"
+    )
+
+
+def names(master: Master) -> set[str]:
+    """What the master lists; the medium has the same."""
+    known = master.cluster.namespaces
+    durable = {r.root: r for r in master.cluster._state.namespaces()}
+    assert durable == known
+    return {r.spec.model for r in known.values()}
+
+
+async def drop(node: FakeNode, name: object) -> None:
+    await node.report(dropped=master_pb2.NamespaceDropped(root=root(name)))
+
+
+async def settled(node: FakeNode, master: Master) -> None:
+    """Every report of the node was taken."""
+    known = master.cluster.members.nodes[node.node_id]
+    known.sessions = 0
+    await node.heartbeat()
+    await until(lambda: known.sessions != 0)
+
+
+async def test_I7_any_number_of_namespaces_comes_and_goes(master: Master) -> None:
+    node, other = await master.node("node-a"), await master.node("node-b")
+    await node.namespace(spec("kept"))
+    await node.delta(DRAM, root("kept"), stored=keys(0))
+    for i in range(20):
+        await other.namespace(spec(i))
+        await drop(other, i)
+    await settled(node, master)
+    await settled(other, master)
+    assert names(master) == {"kept", "18", "19"}
+    assert await master.found(keys(0)) == 1
+
+
+async def test_namespaces_of_nodes_that_are_here_stay(
+    master: Master, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = await master.node("node-a"), await master.node("node-b")
+    for name in "ab":
+        await first.namespace(spec(name))
+    await second.namespace(spec("b"))
+    await second.namespace(spec("c"))
+    await settled(first, master)
+    await settled(second, master)
+    with caplog.at_level(logging.WARNING):
+        await second.namespace(spec("late"))
+        await settled(second, master)
+    assert names(master) == {"a", "b", "c"}
+    assert "3 namespaces are known, the most that a master keeps" in caplog.text
+    assert "kvstore purge" in caplog.text
+    first.drop()
+    await until(lambda: len(master.cluster.members.connected()) == 1)
+    await second.namespace(spec("late"))
+    await settled(second, master)
+    assert names(master) == {"b", "c", "late"}
+    await drop(second, "b")
+    await second.namespace(spec("later"))
+    await settled(second, master)
+    assert names(master) == {"c", "late", "later"}
+
+
+async def test_a_namespace_with_blocks_stays_though_no_node_reports_it(
+    make_master: Callable[..., Any],
+) -> None:
+    async with make_master() as master:
+        node = await master.node()
+        for name in "abc":
+            await node.namespace(spec(name))
+        await settled(node, master)
+    async with make_master() as master:
+        assert names(master) == {"a", "b", "c"}
+        node = await master.node()
+        oldest = next(iter(master.cluster.namespaces.values())).spec.model
+        await node.delta(DRAM, root(oldest), stored=keys(0))
+        for name in "xy":
+            await node.namespace(spec(name))
+        await settled(node, master)
+        assert names(master) == {oldest, "x", "y"}
+        await node.delta(DRAM, root(oldest), removed=keys(0))
+        await node.namespace(spec("z"))
+        await settled(node, master)
+        assert names(master) == {"x", "y", "z"}
+
+
+async def test_the_one_reported_longest_ago_goes(master: Master) -> None:
+    node = await master.node()
+    for name in ("a", "b", "c", "a"):
+        await node.namespace(spec(name))
+    for name in "abc":
+        await drop(node, name)
+    await node.namespace(spec("new"))
+    await settled(node, master)
+    assert names(master) == {"c", "a", "new"}
+
+
+class SlowState:
+    """Puts that wait until they are let."""
+
+    def __init__(self, state: LmdbState, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun: list[tuple[bytes, bytes]] = []
+        self.may_end = threading.Semaphore(0)
+        self._put = state.put_namespace
+        monkeypatch.setattr(state, "put_namespace", self._slowly)
+
+    def _slowly(self, report: master_pb2.NamespaceReport, dropped: bytes = b"") -> None:
+        self.begun.append((report.root, dropped))
+        assert self.may_end.acquire(timeout=DEADLINE_S)
+        self._put(report, dropped)
+
+
+async def test_a_namespace_that_is_reported_while_it_is_dropped_stays(
+    master: Master, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = master.cluster
+    for name in "abc":
+        await cluster.add_namespace(report(name))
+    slow = SlowState(cluster._state, monkeypatch)  # type: ignore[arg-type]
+    opening = asyncio.create_task(cluster.add_namespace(report("new")))
+    await until(lambda: slow.begun == [(root("new"), root("a"))])
+    back = asyncio.create_task(cluster.add_namespace(report("a")))
+    slow.may_end.release(2)
+    await asyncio.gather(opening, back)
+    assert slow.begun[1] == (root("a"), root("b"))
+    assert names(master) == {"c", "new", "a"}
+
+
+async def test_two_nodes_that_report_one_namespace_at_once_drop_one(
+    master: Master, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = master.cluster
+    for name in "abc":
+        await cluster.add_namespace(report(name))
+    slow = SlowState(cluster._state, monkeypatch)  # type: ignore[arg-type]
+    slow.may_end.release(2)
+    await asyncio.gather(*(cluster.add_namespace(report("new")) for _ in range(2)))
+    assert names(master) == {"b", "c", "new"}
+
+
+async def test_a_drop_that_cannot_be_durable_is_none(
+    master: Master, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = master.cluster
+    for name in "abc":
+        await cluster.add_namespace(report(name))
+
+    def full(_report: object, _dropped: object) -> None:
+        raise ResourceExhaustedError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster._state, "put_namespace", full)
+        with contextlib.suppress(ResourceExhaustedError):
+            await cluster.add_namespace(report("new"))
+    assert names(master) == {"a", "b", "c"}
+    await cluster.add_namespace(report("new"))
+    assert len(names(master)) == LIMIT
+
+
+def test_I7_places_of_dropped_namespaces_are_forgotten() -> None:
+    locations = Locations()
+    kept = locations.place("a", Tier.DRAM, b"k" * 32)
+    locations.stored(kept, keys(0))
+    sizes = set()
+    for i in range(1, 50):
+        name = bytes([i]) * 32
+        for tier in (Tier.DRAM, Tier.SSD):
+            place = locations.place("a", tier, name)
+            locations.stored(place, keys(i))
+            locations.removed(place, keys(i))
+        locations.remove_namespace("a", name)
+        assert locations.roots() == {b"k" * 32}
+        assert locations.locate(keys(i)).reason == EndReason.EVICTED
+        sizes.add((len(locations._places), len(locations._all())))
+    assert len(sizes) == 1, "it grows with every namespace"
+    assert locations.places_of(keys(0)) == (kept,)
