@@ -310,7 +310,7 @@ class NamespaceOpened(_message.Message):
     NAMESPACE_ID_FIELD_NUMBER: _builtins.int
     ROOT_FIELD_NUMBER: _builtins.int
     namespace_id: _builtins.int
-    """of this node instance"""
+    """of this node instance, which gives it to no other"""
     root: _builtins.bytes
     """32 bytes, start of every key chain"""
     def __init__(

@@ -4,7 +4,6 @@ import contextlib
 import random
 
 import pytest
-from kvstore.core import namespaces
 from kvstore.core.keys import namespace_root
 from kvstore.core.spec import CacheSpec
 from kvstore.core.types import EndReason, Namespace, Tier
@@ -75,7 +74,7 @@ def test_an_old_id_never_names_another_namespace() -> None:
 
 
 def test_ids_end_rather_than_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(namespaces, "ID_MAX", 3)
+    monkeypatch.setattr("kvstore.core.namespaces.ID_MAX", 3)
     rig = Rig(16, namespaces_max=2)
     rig.open()
     rig.put(A[:1])
