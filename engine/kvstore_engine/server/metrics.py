@@ -11,6 +11,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from kvstore_engine.messages import CacheUsage, EngineStats
+from kvstore_engine.server.counter_texts import COUNTER_TEXTS, OTHER_TEXT
 
 PREFIX = "kvstore_engine_"
 TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
@@ -121,9 +122,11 @@ class EngineCollector(Collector):
         for name, (text, gauge) in gauges.items():
             yield GaugeMetricFamily(PREFIX + name, text, gauge)
         for name in sorted(stats.counters.keys() - COUNTED_HERE):
-            yield CounterMetricFamily(PREFIX + name, "Counted by the engine", stats.counters[name])
+            text = COUNTER_TEXTS.get(name, OTHER_TEXT)
+            yield CounterMetricFamily(PREFIX + name, text, stats.counters[name])
         for name in sorted(stats.labelled.keys() - COUNTED_HERE):
-            family = CounterMetricFamily(PREFIX + name, "Counted by the engine", labels=["kind"])
+            text = COUNTER_TEXTS.get(name, OTHER_TEXT)
+            family = CounterMetricFamily(PREFIX + name, text, labels=["kind"])
             for kind, count in sorted(stats.labelled[name].items()):
                 family.add_metric([kind], count)
             yield family
