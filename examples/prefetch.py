@@ -1,6 +1,8 @@
 """Several prompts at once with asyncio: prefetch from SSD, then use blocks as they arrive.
 
-Start `kvstore up`, then run this with the node's address that it prints, `unix:…/node.sock`.
+Start `kvstore up`, then run this with the node's address that it prints, `unix:…/node.sock`. What
+it stores is in DRAM and on SSD; `kvstore evict` takes it out of DRAM, so that there is something to
+prefetch. KVSTORE_MASTER is the master's address where that is not the default.
 """
 
 import asyncio
@@ -12,6 +14,15 @@ from kvstore_client import AckLevel, AsyncClient, CacheSpec, Namespace
 BLOCK_BYTES = 256 << 10
 PROMPTS = 4
 BLOCKS = 32
+
+
+async def evict_from_dram(keys: list[bytes]) -> None:
+    """Leaves these blocks on SSD only."""
+    names = ",".join(key.hex() for key in keys)
+    command = (sys.executable, "-m", "kvstore.cli.main", "evict", "--tier", "dram", "--keys", names)
+    process = await asyncio.create_subprocess_exec(*command)
+    if await process.wait():
+        sys.exit("the blocks could not be evicted")
 
 
 async def sum_of(ns: Namespace, keys: list[bytes]) -> int:
@@ -37,6 +48,8 @@ async def main(address: str) -> None:
         data = np.ones((BLOCKS, BLOCK_BYTES), dtype=np.uint8)
         for keys in prompts:
             await ns.put(keys, data, level=AckLevel.SYNCED)
+        await evict_from_dram([key for keys in prompts for key in keys])
+        for keys in prompts:
             print(f"{ns.match(keys).count} blocks, {await ns.prefetch(keys)} loads started")
         sums = await asyncio.gather(*(sum_of(ns, keys) for keys in prompts))
         assert all(total == data.sum() for total in sums)
