@@ -1,5 +1,6 @@
 """The connector's settings, as they come in an engine's ``--kv-transfer-config``."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
@@ -7,6 +8,7 @@ from typing import Any, Literal, cast
 from kvstore.config import parse_size
 from kvstore.errors import ConfigError
 
+UNIX_PATH_BYTES_MAX = 107
 Role = Literal["kv_both", "kv_producer", "kv_consumer"]
 ROLES = ("kv_both", "kv_producer", "kv_consumer")
 KNOWN_KEYS = frozenset(
@@ -41,6 +43,7 @@ class ConnectorConfig:
     def __post_init__(self) -> None:
         if not self.node:
             raise ConfigError('kv_connector_extra_config.node is not set, like "unix:/…/node.sock"')
+        _check_address(self.node)
         for name in ("connect_timeout_s", "load_timeout_s", "save_timeout_s"):
             if not 0 < getattr(self, name) <= 3600:
                 raise ConfigError(f"{name} is {getattr(self, name)}; take more than 0, up to 3600")
@@ -63,6 +66,26 @@ class ConnectorConfig:
     def load_seconds(self, nbytes: int) -> float:
         """Seconds that a load of ``nbytes`` may take before it ends as it is."""
         return self.load_timeout_s + nbytes / self.load_bytes_per_s_min
+
+
+def _check_address(node: str) -> None:
+    """ConfigError for what can never be an address, whether or not a node is there."""
+    if node.startswith("unix:"):
+        path = os.fsencode(node.removeprefix("unix:"))
+        if len(path) > UNIX_PATH_BYTES_MAX:
+            raise ConfigError(
+                f"kv_connector_extra_config.node: the socket's path has {len(path)} bytes; the "
+                f"most is {UNIX_PATH_BYTES_MAX}"
+            )
+        right = bool(path) and b"\0" not in path
+    else:
+        host, _, port = node.rpartition(":")
+        right = bool(host) and port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16
+    if not right:
+        raise ConfigError(
+            f"kv_connector_extra_config.node is {node!r}; write it like "
+            "unix:/run/kvstore/node.sock or HOST:PORT"
+        )
 
 
 def _typed(name: str, kind: type, value: object) -> object:

@@ -39,6 +39,12 @@ def test_settings_come_from_the_transfer_config() -> None:
     [
         ({"kv_role": "kv_both"}, "node"),
         (transfer(nod="x"), "nod"),
+        (transfer(node="bogus"), "node is 'bogus'; write it like unix:"),
+        (transfer(node="unix:"), "node is 'unix:'"),
+        (transfer(node=":9400"), "node is ':9400'"),
+        (transfer(node="host:0"), "node is 'host:0'"),
+        (transfer(node="host:70000"), "node is 'host:70000'"),
+        (transfer(node="unix:/" + "a" * 107), "has 108 bytes"),
         (transfer(load_timeout_s="fast"), "load_timeout_s"),
         (transfer(min_load_blocks=True), "min_load_blocks"),
         (transfer(min_load_blocks=0), "min_load_blocks"),
