@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from tools.cluster import Cluster, ClusterError
 from tools.demo.measure import Answer, ask
 from tools.demo.prompt import OTHER_QUESTION, QUESTIONS, conversation, document, shared_tokens
-from tools.demo.results import Case, write
+from tools.demo.results import BLOCK_TOKENS, Case, shortfall, write
 from tools.demo.show import Screen
 
 BUILD = Path("build")
@@ -85,13 +86,19 @@ class Demo:
         self.screen.add(case)
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; exits with 2 where it is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--tokens", type=int, default=4000, help="tokens of the document")
     parser.add_argument("--json", type=Path, default=BUILD / "demo.json")
-    return parser.parse_args()
+    options = parser.parse_args(argv)
+    if options.tokens < BLOCK_TOKENS:
+        parser.error(
+            f"--tokens is {options.tokens}; take at least {BLOCK_TOKENS}: only whole blocks of "
+            f"{BLOCK_TOKENS} tokens are cached"
+        )
+    return options
 
 
 def interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -100,7 +107,7 @@ def interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def main() -> int:
-    """Entry point; 0 if every case gave the same tokens."""
+    """Entry point; 0 if all cases gave the same tokens, and all but cold had them cached."""
     options = parse()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
@@ -117,6 +124,8 @@ def main() -> int:
             demo = Demo(cluster, screen, text)
             demo.run()
         shared = shared_tokens(tokenizer, text)
+        if short := shortfall(demo.cases, shared):
+            raise RuntimeError(f"{short}; logs: {logs}/")
         write(options.json, options.model, shared, demo.cases, demo.tokens_equal)
     except KeyboardInterrupt:
         console.print("interrupted; stopping what was started", style="yellow")

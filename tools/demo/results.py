@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tools.demo.measure import Answer
 
+BLOCK_TOKENS = 64  # of a KV page and of a block in the store; the default of kvstore-engine
+CACHED_SHARE_MIN = 0.95  # of the whole blocks that a warm case shares with what was cached before
 CASES = ("cold", "hbm", "dram", "ssd", "restart", "shared")
 
 
@@ -38,6 +40,21 @@ class Case:
     def tokens_by_tier(self) -> dict[str, int]:
         """Cached tokens by tier."""
         return {tier: n for tier, n in self.source.items() if isinstance(n, int)}
+
+
+def shortfall(cases: list[Case], shared: int) -> str:
+    """Which warm cases had too little cached, in words; empty where all had enough.
+
+    ``shared`` is the prefix of the case of that name, in tokens; the others repeat a whole prompt,
+    of which the last token is always computed.
+    """
+    short = []
+    for case in cases:
+        prefix = shared if case.name == "shared" else case.prompt_tokens - 1
+        whole = prefix // BLOCK_TOKENS * BLOCK_TOKENS
+        if case.name != "cold" and (not whole or case.cached_tokens < CACHED_SHARE_MIN * whole):
+            short.append(f"{case.name} had {case.cached_tokens:,} of {whole:,} tokens cached")
+    return "; ".join(short)
 
 
 def write(path: Path, model: str, shared: int, cases: list[Case], tokens_equal: bool) -> None:
