@@ -10,12 +10,10 @@ from kvstore.core.spec import CacheSpec
 from kvstore.errors import ConfigError
 
 from kvstore_engine.config import EngineConfig, KVTransferConfig
-from kvstore_engine.engine import Engine
+from kvstore_engine.engine import Engine, pages_to_lend
 from kvstore_engine.kv_transfer import KVConnector
 from kvstore_engine.loader import LoadedModel, load_model
 from kvstore_engine.pages import allocate_pages, page_bytes
-
-DEFAULT_CONNECTOR_MODULE = "kvstore_connector.bundled"
 
 
 def build_engine(config: EngineConfig) -> Engine:
@@ -24,6 +22,7 @@ def build_engine(config: EngineConfig) -> Engine:
         torch.set_num_threads(config.torch_threads)
     loaded = load_model(config.model, config.dtype)
     num_pages = count_pages(config, loaded)
+    check_context(config, loaded, num_pages)
     spec = cache_spec(config, loaded)
     # Before the connector: no thread of it is left behind when the memory is not there.
     pages = allocate_pages(loaded.config, num_pages, config.page_tokens, loaded.model.dtype)
@@ -66,12 +65,33 @@ def count_pages(config: EngineConfig, loaded: LoadedModel) -> int:
     return pages
 
 
+def check_context(config: EngineConfig, loaded: LoadedModel, num_pages: int) -> None:
+    """ConfigError for a ``max_context`` that the model or the pages have no room for."""
+    wanted, made_for = config.max_context, loaded.config.max_context
+    if wanted > made_for:
+        raise ConfigError(
+            f"max_context is {wanted}, but the model was made for {made_for} tokens; "
+            "take at most that, or 0 for all of it"
+        )
+    lent = pages_to_lend(num_pages, wanted, config.page_tokens) if config.kv_transfer_config else 0
+    held = (num_pages - lent) * config.page_tokens
+    if wanted > held:
+        raise ConfigError(
+            f"max_context is {wanted}, but the KV pages hold a context of {held} tokens; "
+            "take a smaller one, 0 for what fits, or more kv_memory"
+        )
+
+
 def make_connector(transfer: KVTransferConfig, spec: CacheSpec, engine_id: str) -> KVConnector:
     """The connector that ``kv_transfer_config`` names, by its module's ``create_connector``."""
-    name = transfer.kv_connector_module_path or DEFAULT_CONNECTOR_MODULE
+    name = transfer.connector_module
     try:
-        create = importlib.import_module(name).create_connector
+        module = importlib.import_module(name)
+        create = module.create_connector
+        getattr(module, transfer.kv_connector)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"kv-transfer-config: no connector in module {name}: {error}") from None
+        raise ConfigError(
+            f"kv-transfer-config: no connector {transfer.kv_connector!r} in module {name}: {error}"
+        ) from None
     connector: KVConnector = create(msgspec.to_builtins(transfer), spec, engine_id)
     return connector

@@ -8,13 +8,15 @@ from kvstore.config import parse_size
 from kvstore.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Connectors that need no kv_connector_module_path, and their modules.
+CONNECTOR_MODULES = {"KVStoreConnector": "kvstore_connector.bundled"}
 
 
 class KVTransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The ``--kv-transfer-config`` JSON, with the names that vLLM users know.
 
-    ``kv_connector_module_path`` names a module with ``create_connector(config, spec, engine_id)``;
-    by default it is kvstore_connector.bundled.
+    ``kv_connector`` names a class. ``kv_connector_module_path`` names the module that has it, and
+    ``create_connector(config, spec, engine_id)``, which makes one.
     """
 
     kv_connector: str
@@ -22,6 +24,19 @@ class KVTransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_connector_module_path: str | None = None
     kv_connector_extra_config: dict[str, Any] = {}  # msgspec copies an empty default
     engine_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_connector_module_path is None and self.kv_connector not in CONNECTOR_MODULES:
+            raise ConfigError(
+                f"kv-transfer-config: unknown connector {self.kv_connector!r}; known: "
+                f"{', '.join(CONNECTOR_MODULES)}; kv_connector_module_path names the module of "
+                "another"
+            )
+
+    @property
+    def connector_module(self) -> str:
+        """The name of the module that has the connector."""
+        return self.kv_connector_module_path or CONNECTOR_MODULES[self.kv_connector]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,7 +46,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     model: str
-    served_model_name: str = ""  # "": the model's own name
+    served_model_name: str = ""  # "": ``model`` as given
     dtype: str = "float32"
     page_tokens: int = 64
     num_pages: int = 0
@@ -39,7 +54,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_batch_tokens: int = 512  # token budget of one step
     max_running: int = 64  # requests that hold pages at once
     max_waiting: int = 4096  # requests beyond those; more are refused
-    max_context: int = 0  # tokens of prompt and output; 0: what the model was made for
+    max_context: int = 0  # tokens of prompt and output; 0: all that the model was made for
     kv_transfer_config: KVTransferConfig | None = None
     engine_id: str = ""  # "": random
     match_timeout_s: float = 0.05  # a look-up that takes longer is a miss
@@ -87,6 +102,8 @@ def parse_kv_transfer_config(text: str) -> KVTransferConfig:
     try:
         return msgspec.json.decode(text.encode(), type=KVTransferConfig)
     except msgspec.MsgspecError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
         raise ConfigError(f"kv-transfer-config: {error}") from None
 
 

@@ -33,6 +33,10 @@ from tests.engine.rig import ROOT
         ({"model": "m", "kv_memory": "much"}, "much"),
         ({"model": "m", "load_timeout_s": 0}, "above 0"),
         ({"model": "m", "kv_transfer_config": {"kv_connector": "x", "colour": 1}}, "colour"),
+        (
+            {"model": "m", "kv_transfer_config": {"kv_connector": "Nope"}},
+            "unknown connector 'Nope'",
+        ),
     ],
     ids=str,
 )
@@ -77,6 +81,19 @@ def test_a_cache_below_two_pages_is_refused(values: dict[str, object]) -> None:
         build_engine(parse_engine_config({"model": "tiny-random"} | values))
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_context": 100_000_000}, "made for 8192 tokens"),
+        ({"max_context": 8192, "num_pages": 64}, "a context of 4096 tokens"),
+    ],
+    ids=["model", "pages"],
+)
+def test_a_context_that_cannot_be_had_is_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"max_context is {values['max_context']}.*{message}"):
+        build_engine(parse_engine_config({"model": "tiny-random"} | values))
+
+
 def test_the_spec_follows_whatever_makes_kv_usable() -> None:
     loaded = load_model("tiny-random")
     base = cache_spec(EngineConfig(model="tiny-random"), loaded)
@@ -96,6 +113,7 @@ def test_a_connector_comes_from_its_module(monkeypatch: pytest.MonkeyPatch) -> N
 
     module = types.ModuleType("my_connector")
     module.create_connector = create  # type: ignore[attr-defined]
+    module.Mine = FakeConnector  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "my_connector", module)
     transfer = KVTransferConfig("Mine", "kv_both", "my_connector", {"a": 1}, "engine-7")
     engine = build_engine(
@@ -112,3 +130,12 @@ def test_a_connector_module_that_is_none_is_refused() -> None:
     for name in ("no_such_module_anywhere", "json"):
         with pytest.raises(ConfigError, match=name):
             make_connector(KVTransferConfig("x", kv_connector_module_path=name), spec, "e")
+
+
+def test_a_connector_of_another_name_than_its_modules_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown connector 'Nope'; known: KVStoreConnector"):
+        parse_kv_transfer_config('{"kv_connector":"Nope"}')
+    module = "kvstore_connector.bundled"
+    transfer = KVTransferConfig("Nope", kv_connector_module_path=module)
+    with pytest.raises(ConfigError, match=f"no connector 'Nope' in module {module}"):
+        make_connector(transfer, CacheSpec.raw("x", block_bytes=1), "e")

@@ -147,8 +147,18 @@ def test_an_abort_frees_everything(peer: Peer) -> None:
             {"kv_transfer_config": {"kv_connector": "x", "kv_connector_module_path": "nowhere"}},
             "nowhere",
         ),
+        ({"max_context": 100_000_000}, "made for 8192 tokens"),
+        (
+            {
+                "kv_transfer_config": {
+                    "kv_connector": "KVStoreConnector",
+                    "kv_connector_extra_config": {"node": "bogus"},
+                }
+            },
+            "node is 'bogus'",
+        ),
     ],
-    ids=["model", "pages", "connector"],
+    ids=["model", "pages", "connector", "context", "node"],
 )
 def test_wrong_input_ends_it_with_2(peer: Peer, config: dict[str, object], message: str) -> None:
     failed = peer.start(**config)

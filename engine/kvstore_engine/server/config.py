@@ -22,7 +22,7 @@ class ServerConfig:
     model: str = option(
         text="GGUF file, Hugging Face directory, smollm2-135m-instruct, tiny-random, ..."
     )
-    served_model_name: str = option("", text="name in the API; default: the model's own")
+    served_model_name: str = option("", text="name in the API; default: --model as given")
     host: str = option("127.0.0.1", text="address to listen on")
     port: int = option(8000, text="port to listen on; 0 takes a free one")
     insecure: bool = option(False, text="allow an address that others on the network reach")
@@ -35,7 +35,7 @@ class ServerConfig:
     max_batch_tokens: int = option(512, text="token budget of one step")
     max_running: int = option(64, text="requests in the running batch")
     max_waiting: int = option(4096, text="completions that may be open at once; more get a 429")
-    max_context: int = option(0, text="tokens of prompt and answer; 0: what the model was made for")
+    max_context: int = option(0, text="tokens of prompt and answer; 0: all that the model takes")
     torch_threads: int = option(0, text="threads of torch; 0: its own choice")
     seed: int = option(0, text="seed of requests that bring none")
     match_timeout_s: float = option(0.05, text="a look-up in the store that takes longer is a miss")
