@@ -37,7 +37,7 @@ def build_engine(config: EngineConfig) -> Engine:
 def cache_spec(config: EngineConfig, loaded: LoadedModel) -> CacheSpec:
     """Everything that makes this engine's KV usable by another one."""
     return CacheSpec.gqa(
-        model=loaded.config.name,
+        model=loaded.model_id,
         weights_fingerprint=loaded.fingerprint,
         kv_dtype=config.dtype,
         num_layers=loaded.config.num_layers,

@@ -7,6 +7,34 @@ from typing import Any
 
 from kvstore_engine.model_source import ModelLoadError
 
+_ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen3ForCausalLM": "qwen3",
+}
+_NAME_CHARS_MAX = 200
+
+
+def check_directory(path: Path) -> None:
+    """ModelLoadError for a directory whose config.json is broken or of an unknown architecture."""
+    directory_architecture(read_json(path / "config.json"), path)
+
+
+def directory_architecture(config: Mapping[str, Any], path: Path) -> str:
+    """The architecture that the ``config`` of the directory ``path`` names."""
+    named = config.get("architectures") or []
+    for name in named if isinstance(named, list) else []:
+        if name in _ARCHITECTURES:
+            return _ARCHITECTURES[name]
+    raise ModelLoadError(
+        f"{path}: architectures {named} are not supported; known are {', '.join(_ARCHITECTURES)}"
+    )
+
+
+def printable(name: object) -> str:
+    """A model's name from its files, fit to be shown; empty where there is none."""
+    text = name if isinstance(name, str) else ""
+    return "".join(character for character in text if character.isprintable())[:_NAME_CHARS_MAX]
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; ModelLoadError when it is none."""

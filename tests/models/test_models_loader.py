@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 import torch
+from kvstore.core.spec import CacheSpec
+from kvstore_engine.build import cache_spec
+from kvstore_engine.config import EngineConfig
 from kvstore_engine.loader import ModelLoadError, load_model
 from kvstore_engine.model_source import find_model
 from kvstore_engine.models import Decoder, ModelConfig, RopeConfig
@@ -56,7 +60,7 @@ def test_directory_loads_as_transformers_saved_it(tmp_path: Path, config: ModelC
     reference = save_directory(config, tmp_path)
     loaded = load_model(tmp_path)
     assert relative_error(Runner(loaded.model).sequence().run(TOKENS), reference) < 1e-4
-    assert loaded.config == dataclasses.replace(config, name=tmp_path.name)
+    assert loaded.config == dataclasses.replace(config, name="")
 
 
 def test_sharded_directory_loads(tmp_path: Path) -> None:
@@ -244,9 +248,26 @@ def test_gguf_file_loads_as_it_was_written(tmp_path: Path, config: ModelConfig) 
     loaded = load_model(path)
     eps = loaded.config.rms_eps
     assert eps == pytest.approx(config.rms_eps)
-    assert loaded.config == dataclasses.replace(config, name="model", rms_eps=eps)
+    assert loaded.config == dataclasses.replace(config, name="", rms_eps=eps)
     reference = Runner(model).sequence().run(TOKENS)
     assert relative_error(Runner(loaded.model).sequence().run(TOKENS), reference) < 1e-5
+
+
+def spec_of(path: Path) -> CacheSpec:
+    return cache_spec(EngineConfig(model=str(path)), load_model(path))
+
+
+def test_the_cache_stays_with_the_weights_when_their_files_get_another_name(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    save_directory(LLAMA, old)
+    shutil.copytree(old, new)
+    assert spec_of(old) == spec_of(new)
+    old, new = tmp_path / "old.gguf", tmp_path / "new.gguf"
+    for name, model_id in (("Small\n 1", "Small 1"), ("", "llama-")):
+        write_gguf(old, random_decoder(LLAMA), extra={"general.name": name})
+        shutil.copy(old, new)
+        assert spec_of(old) == spec_of(new)
+        assert spec_of(old).model.startswith(model_id)
 
 
 def test_quantised_gguf_is_dequantised(tmp_path: Path) -> None:

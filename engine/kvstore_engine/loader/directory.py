@@ -8,32 +8,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kvstore_engine.loader.fingerprint import fingerprint_files
-from kvstore_engine.model_files import end_tokens, read_json
+from kvstore_engine.model_files import directory_architecture, end_tokens, printable, read_json
 from kvstore_engine.model_source import ModelLoadError
 from kvstore_engine.models.base import Decoder
 from kvstore_engine.models.config import ModelConfig, RopeConfig
 from kvstore_engine.models.registry import build_decoder
 
 _INDEX = "model.safetensors.index.json"
-_ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "Qwen3ForCausalLM": "qwen3",
-}
 
 
-def load_directory(path: Path, name: str, dtype: torch.dtype) -> tuple[Decoder, str]:
+def load_directory(path: Path, dtype: torch.dtype) -> tuple[Decoder, str]:
     """The decoder in a Hugging Face directory, and the fingerprint of its files."""
-    config = directory_config(path, name)
+    config = directory_config(path)
     files = _weight_files(path)
     model = build_decoder(config, dtype)
     model.load(_weights(files))
     return model, fingerprint_files([path / "config.json", *files])
 
 
-def directory_config(path: Path, name: str) -> ModelConfig:
+def directory_config(path: Path) -> ModelConfig:
     """``config.json`` as a ModelConfig, with the end tokens that other files name."""
     raw = read_json(path / "config.json")
-    architecture = _architecture(raw, path)
+    architecture = directory_architecture(raw, path)
     for key in ("mlp_bias", "use_sliding_window"):
         if raw.get(key):
             raise ModelLoadError(f"{path}: {key} is not supported")
@@ -43,7 +39,7 @@ def directory_config(path: Path, name: str) -> ModelConfig:
         heads = int(raw["num_attention_heads"])
         return ModelConfig(
             architecture=architecture,
-            name=name,
+            name=printable(raw.get("_name_or_path")),
             hidden_size=int(raw["hidden_size"]),
             num_layers=int(raw["num_hidden_layers"]),
             num_heads=heads,
@@ -63,16 +59,6 @@ def directory_config(path: Path, name: str) -> ModelConfig:
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ModelLoadError(f"{path / 'config.json'} is not usable: {error!r}") from error
-
-
-def _architecture(raw: Mapping[str, Any], path: Path) -> str:
-    named = raw.get("architectures") or []
-    for name in named:
-        if name in _ARCHITECTURES:
-            return _ARCHITECTURES[name]
-    raise ModelLoadError(
-        f"{path}: architectures {named} are not supported; known are {', '.join(_ARCHITECTURES)}"
-    )
 
 
 def _rope(raw: Mapping[str, Any], path: Path) -> RopeConfig:

@@ -9,6 +9,7 @@ import torch
 
 from kvstore_engine.gguf_fields import GgufFields, open_gguf
 from kvstore_engine.loader.fingerprint import fingerprint_files
+from kvstore_engine.model_files import printable
 from kvstore_engine.model_source import ModelLoadError
 from kvstore_engine.models.base import Decoder
 from kvstore_engine.models.config import ModelConfig, RopeConfig
@@ -36,17 +37,17 @@ _LAYER_NAMES = {
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-def load_gguf(path: Path, name: str, dtype: torch.dtype) -> tuple[Decoder, str]:
+def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Decoder, str]:
     """The decoder in a GGUF file, and the file's fingerprint."""
     reader = open_gguf(path)
-    config = gguf_config(reader, name)
+    config = gguf_config(reader, path)
     model = build_decoder(config, dtype)
     model.load(gguf_weights(reader, config))
     return model, fingerprint_files([path])
 
 
-def gguf_config(reader: Any, name: str) -> ModelConfig:
-    """The header of an open GGUF file as a ModelConfig."""
+def gguf_config(reader: Any, path: Path) -> ModelConfig:
+    """The header of an open GGUF file as a ModelConfig; ``path`` is for messages."""
     fields = GgufFields(reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     architecture = fields.text("general.architecture")
@@ -54,13 +55,13 @@ def gguf_config(reader: Any, name: str) -> ModelConfig:
     hidden = fields.integer("{arch}.embedding_length")
     head_dim = fields.integer("{arch}.attention.key_length", hidden // max(heads, 1))
     if fields.integer("{arch}.rope.dimension_count", head_dim) != head_dim:
-        raise ModelLoadError(f"{name}: rotary embedding of a part of the head is not supported")
+        raise ModelLoadError(f"{path}: rotary embedding of a part of the head is not supported")
     if "token_embd.weight" not in tensors:
-        raise ModelLoadError(f"{name}: the file has no token embedding, so it is no whole model")
+        raise ModelLoadError(f"{path}: the file has no token embedding, so it is no whole model")
     ends = (fields.token_id("eos"), fields.token_id("eot"))
     return ModelConfig(
         architecture=architecture,
-        name=name,
+        name=printable(fields.value("general.name")),
         hidden_size=hidden,
         num_layers=fields.integer("{arch}.block_count"),
         num_heads=heads,
@@ -68,7 +69,7 @@ def gguf_config(reader: Any, name: str) -> ModelConfig:
         head_dim=head_dim,
         intermediate_size=fields.integer("{arch}.feed_forward_length"),
         vocab_size=int(tensors["token_embd.weight"].shape[1]),
-        rope=_rope(fields, tensors.get(_ROPE_FACTORS), name),
+        rope=_rope(fields, tensors.get(_ROPE_FACTORS), path),
         rms_eps=fields.number("{arch}.attention.layer_norm_rms_epsilon", 1e-5),
         max_context=fields.integer("{arch}.context_length"),
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
@@ -79,7 +80,7 @@ def gguf_config(reader: Any, name: str) -> ModelConfig:
     )
 
 
-def _rope(fields: GgufFields, factors: Any, name: str) -> RopeConfig:
+def _rope(fields: GgufFields, factors: Any, path: Path) -> RopeConfig:
     theta = fields.number("{arch}.rope.freq_base", 10000.0)
     if factors is not None:
         divisors = tuple(float(value) for value in _dequantise(factors).flatten())
@@ -89,7 +90,7 @@ def _rope(fields: GgufFields, factors: Any, name: str) -> RopeConfig:
         factor = fields.number("{arch}.rope.scaling.factor", 1.0)
         return RopeConfig(theta=theta, scaling="linear", factor=factor)
     if scaling != "none":
-        raise ModelLoadError(f"{name}: rope scaling {scaling!r} is not supported")
+        raise ModelLoadError(f"{path}: rope scaling {scaling!r} is not supported")
     return RopeConfig(theta=theta)
 
 

@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A decoder ready to run; ``fingerprint`` is a hex digest over its weights.
+    """A decoder ready to run; ``fingerprint`` is a hex digest over its files' bytes.
 
     ``tokenizer_source`` is what ``load_tokenizer`` takes for the model's own tokenizer.
     """
@@ -26,6 +26,11 @@ class LoadedModel:
     config: ModelConfig
     fingerprint: str
     tokenizer_source: str
+
+    @property
+    def model_id(self) -> str:
+        """The model's id in a CacheSpec: from what its files hold, wherever they lie."""
+        return self.config.name or f"{self.config.architecture}-{self.fingerprint[:8]}"
 
 
 def load_model(path_or_name: str | Path, dtype: str = "float32") -> LoadedModel:
@@ -45,5 +50,5 @@ def read_model(source: ModelSource, dtype: torch.dtype) -> tuple[Decoder, str]:
     if source.kind is SourceKind.TINY:
         return load_tiny(source.name, dtype)
     if source.kind is SourceKind.GGUF:
-        return load_gguf(source.location, source.name, dtype)
-    return load_directory(source.location, source.name, dtype)
+        return load_gguf(source.location, dtype)
+    return load_directory(source.location, dtype)

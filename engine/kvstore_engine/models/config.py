@@ -37,7 +37,10 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Shape and constants of a decoder; validated once, when it is made."""
+    """Shape and constants of a decoder; validated once, when it is made.
+
+    ``name`` is what the model's own files call it, "" where they do not.
+    """
 
     architecture: str
     name: str
