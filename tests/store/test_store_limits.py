@@ -87,6 +87,73 @@ def test_I7_limits_are_refused_clearly() -> None:
     rig.check()
 
 
+def test_I7_open_acquires_and_reserves_of_a_session_have_so_many_keys() -> None:
+    rig = Rig(16, open_keys_per_session_max=8, open_keys_max=12)
+    rig.open(1)
+    rig.open(2)
+    rig.put(A[:8])
+    same = [A[0]] * 4
+    held = rig.acquire(A[:4])
+    rig.acquire(same)
+    assert isinstance(rig.failure(rig.acquire(A[:1])), ResourceExhaustedError)
+    assert isinstance(rig.failure(rig.reserve(B[:1])), ResourceExhaustedError)
+    rig.release(held, 0, 3)  # what is left keeps the memory of all of it
+    assert isinstance(rig.failure(rig.acquire(A[:1])), ResourceExhaustedError)
+    other = rig.reserve(B[:4], session=2)
+    assert isinstance(rig.failure(rig.acquire(A[:1], session=2), 2), ResourceExhaustedError)
+    rig.release(held)
+    assert rig.granted(rig.acquire(A[:4]))
+    rig.commit(other, B, [0, 1, 2, 3], session=2)
+    assert rig.granted(rig.acquire(A[:2], session=2), 2)
+    rig.check()
+    for session in (1, 2):
+        rig.apply(rig.core.session_settled(session, rig.now))
+    rig.check()
+    assert rig.core._blocks.open_keys.total == 0
+
+
+def test_I7_a_short_prefix_does_not_keep_the_memory_of_all_the_keys_asked_for() -> None:
+    rig = Rig(4)
+    rig.open()
+    rig.put(A[:1])
+    rig.acquire([A[0], *chain("absent", 99)])
+    [lease] = rig.core._sessions._by_id[1].leases.values()
+    assert lease.size == 1
+    assert lease.rows.base is None
+
+
+def test_I7_one_session_does_not_take_all_places_of_those_that_wait() -> None:
+    rig = Rig(2, waiting_max=4, waiting_per_session_max=2, wait_s_max=10.0)
+    rig.open(1)
+    rig.open(2)
+    full = rig.reserve(A[:2])
+    waiting = [rig.reserve([B[i]], timeout_s=1e9) for i in range(2)]
+    assert isinstance(rig.failure(rig.reserve(B[2:3], timeout_s=1.0)), ResourceExhaustedError)
+    assert rig.reserved(rig.reserve(B[2:3])).statuses == bytes([FULL]), "this one waits for nothing"
+    waiting_too = rig.reserve(B[3:4], session=2, timeout_s=1e9)
+    rig.check()
+    rig.tick(9.0)
+    assert (1, waiting[0]) not in rig.answers
+    rig.tick(2.0)
+    assert rig.reserved(waiting[1]).statuses == bytes([FULL])
+    assert rig.reserved(waiting_too, 2).statuses == bytes([FULL])
+    assert rig.reserve(B[:1], timeout_s=1.0)
+    rig.check()
+    del full
+
+
+@pytest.mark.parametrize("count", [3, 1 << 25])
+def test_I7_more_indices_than_keys_are_not_looked_at(dram: Rig, count: int) -> None:
+    reserve = dram.reserve(A[:2])
+    indices = range(count)  # one that can be gone through, and is not
+    request = dram.next_id()
+    dram.apply(dram.core.commit(1, request, reserve, indices, b"", AckLevel.MEMORY, 0.0))
+    assert "indices for the 2 keys" in str(dram.failure(request))
+    request = dram.next_id()
+    dram.apply(dram.core.abort(1, request, reserve, indices, 0.0))
+    assert "indices for the 2 keys" in str(dram.failure(request))
+
+
 def test_I7_table_of_blocks_has_a_limit() -> None:
     rig = Rig(16, blocks_max=6)
     rig.open()

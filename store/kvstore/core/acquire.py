@@ -15,7 +15,7 @@ from kvstore.core.table import DramState, Mask, Rows, SsdState
 from kvstore.core.tiering import Tiering
 from kvstore.core.transfers import Transfers
 from kvstore.core.types import EndReason, Namespace, Tier
-from kvstore.errors import InvalidArgumentError, ResourceExhaustedError
+from kvstore.errors import InvalidArgumentError
 
 _LOOK_AHEAD_MIN = 64  # blocks of a lease that are looked at together
 _ONE = np.int32(1)  # of the type of the pins, else ``add.at`` takes twenty times as long
@@ -55,9 +55,8 @@ class Acquires:
         """``deadline`` None: only what DRAM has now."""
         if request_id in session.leases:
             raise InvalidArgumentError(f"acquire {request_id} is still open in this session")
-        if len(self.waiting) >= self.blocks.config.waiting_max:
-            raise ResourceExhaustedError(f"{len(self.waiting)} acquires wait already; try later")
         rows, in_dram = self._leading(namespace, keys, dram_only=deadline is None)
+        self.blocks.open_keys.add(session, len(rows))
         behind = keys[KEY_BYTES * len(rows) : KEY_BYTES * (len(rows) + 1)]
         lease = Lease(
             session.id,
@@ -70,6 +69,7 @@ class Acquires:
         )
         session.leases[request_id] = lease
         self.waiting[lease] = session
+        session.waiting += 1
         self._unread[lease] = None
         np.add.at(self.blocks.table.pins, rows, _ONE)
         self._touch(rows, in_dram)
@@ -184,7 +184,7 @@ class Acquires:
             on_ssd = (table.ssd_state[rows] == SsdState.LIVE) & (state != DramState.DEAD)
             held = in_dram | (known & on_ssd)
         count = len(rows) if held.all() else int(np.argmin(held))
-        return rows[:count], in_dram[:count]
+        return rows[:count].copy(), in_dram[:count]  # a view would keep all of them
 
     def _end_reason(self, namespace: Namespace, behind: bytes) -> EndReason:
         if not behind:
@@ -235,6 +235,7 @@ class Acquires:
     def _end(self, lease: Lease, reason: EndReason) -> None:
         """The last answer; pins of what was not granted go."""
         session = self.waiting.pop(lease)
+        session.waiting -= 1
         self._unread.pop(lease, None)
         lease.ended = True
         if lease.granted < len(lease.rows):
@@ -245,7 +246,11 @@ class Acquires:
         self._reply(lease, End(lease.answered, reason))
         self.blocks.count(f"acquire_end_{reason.name.lower()}")
         if not lease.held.any():
-            session.leases.pop(lease.request_id, None)
+            self._forget(session, lease)
+
+    def _forget(self, session: Session, lease: Lease) -> None:
+        if session.leases.pop(lease.request_id, None) is not None:
+            self.blocks.open_keys.remove(session, lease.size)
 
     def _leave_waiters(self, lease: Lease) -> None:
         """It does not wait for its next row any more, if it did."""
@@ -272,7 +277,7 @@ class Acquires:
                 blocks.discard(gone[~dead])
                 self.tiering.release_dead(gone[dead])
         if lease.ended and not keep and not lease.held.any():
-            session.leases.pop(lease.request_id, None)
+            self._forget(session, lease)
 
     def _shares(self) -> list[tuple[Lease, int]]:
         """How many reads each of the oldest leases may have out while others want some too.

@@ -9,6 +9,7 @@ from kvstore.core.directory import DirectoryWriter
 from kvstore.core.effects import BlockEvent, DropSsd, Effects
 from kvstore.core.eviction import make_policy
 from kvstore.core.ghosts import Ghosts
+from kvstore.core.leases import OpenKeys
 from kvstore.core.namespaces import Namespaces
 from kvstore.core.slots import Offsets, SlotSpace
 from kvstore.core.table import LIVE, DramState, Rows, SsdState, Table
@@ -51,6 +52,7 @@ class Blocks:
         self.held_dead: set[int] = set()  # DEAD rows that a client may still write into
         self.drops_out = 0  # removals from the SSD index that are not durable yet
         self.room_version = 0
+        self.open_keys = OpenKeys(config.open_keys_per_session_max, config.open_keys_max)
 
     def count(self, name: str, amount: int = 1) -> None:
         """Adds to a counter."""

@@ -69,18 +69,34 @@ class RequestChecks:
                 "index below their number"
             )
 
-    def holds(self, session: Session) -> None:
-        """ResourceExhaustedError if the session has too much open."""
+    def wait_s(self, session: Session, timeout_s: float, waiting: int) -> float:
+        """Seconds that one more acquire or reserve may wait; ``waiting`` do, of all sessions.
+
+        ResourceExhaustedError if the session has too much open, or too many would wait.
+        """
         held = len(session.leases) + len(session.reservations)
         if held >= self._config.holds_per_session_max:
             raise ResourceExhaustedError(
                 f"this session has {held} acquires and reserves open; release some"
             )
+        if timeout_s <= 0:
+            return 0.0
+        if session.waiting >= self._config.waiting_per_session_max:
+            raise ResourceExhaustedError(
+                f"{session.waiting} acquires and reserves of this session wait already; try later"
+            )
+        if waiting >= self._config.waiting_max:
+            raise ResourceExhaustedError(
+                f"{waiting} others wait already, of all sessions; try later"
+            )
+        return min(timeout_s, self._config.wait_s_max)
 
 
 def places_of(indices: Indices, count: int) -> npt.NDArray[np.int64]:
     """Indices into the keys of a reserve, each once."""
-    places = np.asarray(indices, dtype=np.int64)
+    if len(indices) > count:
+        raise InvalidArgumentError(f"{len(indices)} indices for the {count} keys of the reserve")
+    places = np.fromiter(indices, dtype=np.int64, count=len(indices))
     if len(places) and (places.min() < 0 or places.max() >= count):
         raise InvalidArgumentError(f"an index is outside of the {count} keys of the reserve")
     named = np.zeros(count, dtype=np.bool_)

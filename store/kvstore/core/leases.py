@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from kvstore.core.table import NO_ROW, Mask, Rows
 from kvstore.core.types import AckLevel, EndReason, Namespace, ReserveStatus
+from kvstore.errors import ResourceExhaustedError
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +27,7 @@ class Lease:
     reason: EndReason  # what ends the chain behind ``rows``
     deadline: float
     held: Mask = field(init=False)
+    size: int = field(init=False)  # keys it counts for, to its end
     granted: int = 0
     looked: int = 0  # rows before it are not to be read from SSD (any more)
     answered: int = 0  # blocks in all Granted together
@@ -33,7 +35,8 @@ class Lease:
     starved: bool = False  # its next block waits for a DRAM slot
 
     def __post_init__(self) -> None:
-        self.held = np.ones(len(self.rows), dtype=np.bool_)
+        self.size = len(self.rows)
+        self.held = np.ones(self.size, dtype=np.bool_)
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +65,37 @@ class Reservation:
         self.open = np.zeros(count, dtype=np.bool_)
 
 
+@dataclass(slots=True)
+class OpenKeys:
+    """Keys in open leases and reservations: each takes memory until its lease or its reservation
+    ends, however few of them are still in use.
+    """
+
+    per_session_max: int
+    total_max: int
+    total: int = 0
+
+    def add(self, session: "Session", count: int) -> None:
+        """ResourceExhaustedError if these are too many."""
+        if session.open_keys + count > self.per_session_max:
+            raise ResourceExhaustedError(
+                f"this session's open acquires and reserves have {session.open_keys} keys, "
+                f"{count} more are too many; release some"
+            )
+        if self.total + count > self.total_max:
+            raise ResourceExhaustedError(
+                f"the open acquires and reserves of all sessions have {self.total} keys, {count} "
+                "more are too many; try later"
+            )
+        session.open_keys += count
+        self.total += count
+
+    def remove(self, session: "Session", count: int) -> None:
+        """The lease or reservation of so many keys has ended."""
+        session.open_keys -= count
+        self.total -= count
+
+
 @dataclass(slots=True, eq=False)
 class ShardedFill:
     """A block that several clients fill, each one shard; it is complete when all committed."""
@@ -86,4 +120,6 @@ class Session:
     namespaces: set[Namespace] = field(default_factory=set)  # that it opened or asked for
     leases: dict[int, Lease] = field(default_factory=dict)
     reservations: dict[int, Reservation] = field(default_factory=dict)
+    open_keys: int = 0  # of leases and reservations; whatever is settled of one, to its end
+    waiting: int = 0  # acquires and reserves that wait
     quarantined: bool = False

@@ -161,8 +161,8 @@ class NodeCore:
 
         def call(session: Session) -> None:
             namespace = self._checks.keys(session, ns_id, keys, parent)
-            self._checks.holds(session)
-            deadline = now + timeout_s if timeout_s > 0 else None
+            wait_s = self._checks.wait_s(session, timeout_s, len(self._acquires.waiting))
+            deadline = now + wait_s if wait_s else None
             self._acquires.acquire(session, request_id, namespace, keys, deadline)
 
         return self._request(session_id, request_id, call, now)
@@ -199,7 +199,7 @@ class NodeCore:
         def call(session: Session) -> None:
             namespace, names = self._checks.keys(session, ns_id, keys, parent), split_keys(keys)
             self._checks.reserve(names, shard_index, num_shards)
-            self._checks.holds(session)
+            wait_s = self._checks.wait_s(session, timeout_s, len(self._reserves.waiting))
             reservation = Reservation(
                 session_id,
                 request_id,
@@ -208,7 +208,7 @@ class NodeCore:
                 parent,
                 shard_index,
                 num_shards or 1,
-                now + max(0.0, timeout_s),
+                now + wait_s,
                 level,
             )
             self._reserves.reserve(session, reservation, now)

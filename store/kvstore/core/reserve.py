@@ -19,7 +19,6 @@ from kvstore.errors import (
     InvalidArgumentError,
     NotFoundError,
     PreconditionError,
-    ResourceExhaustedError,
 )
 
 _OPEN = 0  # status of a key that needs a slot
@@ -60,12 +59,12 @@ class Reserves:
         """Answers at once if every key has its status, or the deadline is now."""
         if reservation.request_id in session.reservations:
             raise InvalidArgumentError(f"reserve {reservation.request_id} is still open")
-        if len(self.waiting) >= self.blocks.config.waiting_max:
-            raise ResourceExhaustedError(f"{len(self.waiting)} reserves wait already; try later")
+        self.blocks.open_keys.add(session, len(reservation.keys))
         session.reservations[reservation.request_id] = reservation
         self.blocks.count("reserves")
         self.blocks.count("reserved_keys", len(reservation.keys))
         self.waiting[reservation] = session
+        session.waiting += 1
         if len(self.waiting) == 1 or reservation.deadline <= now:
             self._advance(reservation, now)
         if reservation.next == len(reservation.keys) or reservation.deadline <= now:
@@ -139,7 +138,7 @@ class Reserves:
                 self._cancel(reservation)
             else:
                 self._give_back(reservation, np.flatnonzero(reservation.open))
-        session.reservations.clear()
+                self._close_if_done(session, reservation)
 
     def pump(self, now: float) -> None:
         """Gives space that became free to those that wait, the first one first."""
@@ -257,6 +256,7 @@ class Reserves:
 
     def _answer(self, reservation: Reservation) -> None:
         session = self.waiting.pop(reservation)
+        session.waiting -= 1
         reservation.answered = True
         reservation.keys = []
         indices = np.flatnonzero(reservation.open)
@@ -282,8 +282,9 @@ class Reserves:
             self.fills.give_back(reservation.rows[indices], reservation)
 
     def _close_if_done(self, session: Session, reservation: Reservation) -> None:
-        if not reservation.open.any():
-            session.reservations.pop(reservation.request_id, None)
+        if reservation.request_id in session.reservations and not reservation.open.any():
+            del session.reservations[reservation.request_id]
+            self.blocks.open_keys.remove(session, len(reservation.statuses))
 
     def _hopeless(self, reservation: Reservation) -> bool:
         """Whether only its own slots take the space that it waits for."""

@@ -70,6 +70,12 @@ class Sessions:
         """AssertionError unless pins are those of the leases."""
         pins = np.zeros_like(table.pins)
         for session in self._by_id.values():
+            reserved = sum(len(r.statuses) for r in session.reservations.values())
+            leased = sum(lease.size for lease in session.leases.values())
+            assert session.open_keys == reserved + leased, "open keys are miscounted"
+            ended = [r.answered for r in session.reservations.values()]
+            ended += [lease.ended for lease in session.leases.values()]
+            assert session.waiting == ended.count(False), "what waits is miscounted"
             for lease in session.leases.values():
                 np.add.at(pins, lease.rows[lease.held], 1)
                 assert lease.held.any() or not lease.ended, "a lease that holds nothing"

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
-import numpy as np
 from kvstore_proto import node_pb2
 
 import kvstore
@@ -227,15 +226,16 @@ class Session:
             self._client.id,
             request_id,
             request.reserve_id,
-            np.fromiter(request.indices, dtype=np.int64, count=len(request.indices)),
+            request.indices,
             request.checksums,
             _ack_level(request.level),
             now,
         )
 
     def _abort(self, request_id: int, request: node_pb2.Abort, now: float) -> Effects:
-        indices = np.fromiter(request.indices, dtype=np.int64, count=len(request.indices))
-        return self._core.abort(self._client.id, request_id, request.reserve_id, indices, now)
+        return self._core.abort(
+            self._client.id, request_id, request.reserve_id, request.indices, now
+        )
 
     def _prefetch(self, request_id: int, request: node_pb2.Prefetch, now: float) -> Effects:
         return self._core.prefetch(
