@@ -77,6 +77,62 @@ def test_null_for_a_required_field_is_a_missing_field() -> None:
     assert error.message == "unknown field 'messages.0.tool_calls'"
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "messages: give at least 1 item (given: [])"),
+        ("hello", "messages: give a list (given: 'hello')"),
+        (["hello"], "messages.0: give an object (given: 'hello')"),
+        (
+            [{"role": "nope", "content": "a"}],
+            "messages.0.role: take 'system', 'developer', 'user' or 'assistant' (given: 'nope')",
+        ),
+        (
+            [{"role": "user", "content": 5}],
+            "messages.0.content: give text, or a list of text parts (given: 5)",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": 5}]}],
+            "messages.0.content.0.text: give text (given: 5)",
+        ),
+        (
+            [{"role": "user", "content": [{"text": "a"}]}],
+            "messages.0.content.0.type is missing",
+        ),
+    ],
+    ids=["empty", "text", "texts", "role", "content", "part", "no type"],
+)
+def test_mistakes_in_messages_are_told_in_plain_words(messages: object, message: str) -> None:
+    assert refused({"messages": messages}, ChatBody).message == message
+
+
+def test_images_are_refused_as_what_they_are() -> None:
+    content = [{"type": "text", "text": "What is this?"}, IMAGE]
+    error = refused({"messages": [{"role": "user", "content": content}]}, ChatBody)
+    assert error.param == "messages.0.content"
+    assert "a part is of type 'image_url'; only text is supported" in error.message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "remedy"),
+    [
+        ("n", 0, "take at least 1"),
+        ("n", 1.5, "give a whole number"),
+        ("temperature", 3, "take at most 2"),
+        ("top_p", 0, "take more than 0"),
+        ("stream", "yes", "give true or false"),
+        ("cache_salt", "", "give at least 1 character"),
+    ],
+    ids=["low", "fraction", "high", "zero", "bool", "empty"],
+)
+def test_remedies_are_in_plain_words(field: str, value: object, remedy: str) -> None:
+    message = refused({"prompt": "x", field: value}).message
+    assert message == f"{field}: {remedy} (given: {value!r})"
+
+
 def test_neutral_values_of_unsupported_fields_pass() -> None:
     neutral: dict[str, Any] = {"presence_penalty": 0.0, "logit_bias": {}, "best_of": 1, "user": "u"}
     assert completion(**neutral) == completion()

@@ -94,6 +94,18 @@ def _stops(value: object) -> list[str]:
     return stops
 
 
+def _content(value: object) -> object:
+    """Text is one part."""
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if not isinstance(value, list):
+        raise ValueError("give text, or a list of text parts")
+    for part in value:
+        if isinstance(part, dict) and part.get("type") not in (None, "text"):
+            raise ValueError(f"a part is of type {part['type']!r}; only text is supported")
+    return value
+
+
 def _top_k(value: object) -> object:
     """Other engines also write -1 for off."""
     return 0 if value == -1 else value
@@ -158,14 +170,12 @@ class ChatMessage(_Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[list[TextPart], BeforeValidator(_content)]
     name: str | None = None
 
     @property
     def text(self) -> str:
         """The content as one string."""
-        if isinstance(self.content, str):
-            return self.content
         return "".join(part.text for part in self.content)
 
 
@@ -233,9 +243,32 @@ def _supported(values: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+# What to give instead, by pydantic's type of the mistake.
+_REMEDIES = {
+    "bool_type": "give true or false",
+    "finite_number": "give a finite number",
+    "float_type": "give a number",
+    "greater_than": "take more than {gt:g}",
+    "greater_than_equal": "take at least {ge}",
+    "int_from_float": "give a whole number",
+    "int_type": "give a whole number",
+    "less_than": "take less than {lt}",
+    "less_than_equal": "take at most {le:g}",
+    "list_type": "give a list",
+    "literal_error": "take {expected}",
+    "model_type": "give an object",
+    "string_too_long": "give at most {max_length} characters",
+    "string_too_short": "give at least {min_length} character",
+    "string_type": "give text",
+    "too_long": "give at most {max_length} items",
+    "too_short": "give at least {min_length} item",
+    "value_error": "{error}",
+}
+
+
 def _explain(error: ValidationError) -> ApiError:
     """The first mistake in words: where it is, what is wrong, which value was given."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return bad_request(f"unknown field {where!r}", param=where)
@@ -243,5 +276,5 @@ def _explain(error: ValidationError) -> ApiError:
         return bad_request(f"{where} is missing", param=where)
     given = repr(first["input"])
     given = given if len(given) <= 80 else given[:77] + "..."
-    message = first["msg"].removeprefix("Value error, ")
-    return bad_request(f"{where}: {message} (given: {given})", param=where)
+    remedy = _REMEDIES.get(first["type"], first["msg"]).format_map(first.get("ctx", {}))
+    return bad_request(f"{where}: {remedy} (given: {given})", param=where)
