@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from kvstore_engine.byte_alphabet import CHARACTER_OF_BYTE
 from kvstore_engine.chat import ChatTemplate
 from kvstore_engine.gguf_fields import GgufFields, open_gguf
-from kvstore_engine.model_files import end_tokens, read_json_if_there, token_name
+from kvstore_engine.model_files import check_directory, end_tokens, read_json_if_there, token_name
 from kvstore_engine.model_source import ModelLoadError, SourceKind, find_model
 from kvstore_engine.tokenizer import Tokenizer
 
@@ -42,6 +42,7 @@ def load(path_or_name: str | Path) -> Tokenizer:
         return _tiny()
     if source.kind is SourceKind.GGUF:
         return _from_gguf(source.location)
+    check_directory(source.location)  # a directory that is no usable model lacks more than this
     raise ModelLoadError(f"{source.location} has no tokenizer.json")
 
 

@@ -27,6 +27,7 @@ TEXTS = [
     "I'll we've they're DON'T it's",
     "a\u0301 combined, \u00e1 not; \ufeff bom, zero\u200bwidth, \x00 nul \x7f",
 ]
+LLAMA_CONFIG = '{"architectures": ["LlamaForCausalLM"]}'
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
 
 
@@ -258,7 +259,7 @@ def test_directory_tokenizer_takes_end_tokens_and_templates_of_every_file(tmp_pa
 def test_broken_or_missing_tokenizers_are_refused_clearly(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="no model at"):
         load_tokenizer(tmp_path / "nothing")
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(LLAMA_CONFIG)
     with pytest.raises(ModelLoadError, match=r"has no tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
