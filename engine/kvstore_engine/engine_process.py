@@ -44,7 +44,7 @@ from kvstore_engine.messages import (
 from kvstore_engine.wire import Launch, decode_launch, decode_to_engine, encode
 
 STATS_INTERVAL_S = 1.0
-SEND_TIMEOUT_MS = 30_000  # a server that takes nothing for this long is stuck
+STUCK_LOOK_MS = 1000  # how often the wait for a server that takes nothing looks for its end
 
 log = logging.getLogger("kvstore_engine")
 
@@ -52,18 +52,29 @@ log = logging.getLogger("kvstore_engine")
 class Channel:
     """The two sockets to the server."""
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launch, parent_fd: int) -> None:
+        """``parent_fd``: readable once the server process has ended."""
+        self.closing = False  # what nobody takes is not waited for any more
         self._context = zmq.Context(io_threads=1)
         self.requests: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
         self.requests.connect(launch.requests)
         self._outputs: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
-        self._outputs.setsockopt(zmq.SNDTIMEO, SEND_TIMEOUT_MS)
         self._outputs.setsockopt(zmq.LINGER, 2000)
         self._outputs.connect(launch.outputs)
+        self._room = zmq.Poller()
+        self._room.register(self._outputs, zmq.POLLOUT)
+        self._room.register(parent_fd, zmq.POLLIN)
+        self._parent_fd = parent_fd
 
     def send(self, *messages: FromEngine) -> None:
-        """One frame; zmq.Again when the server is stuck."""
-        self._outputs.send(encode(messages))
+        """One frame. A server that stands still is waited for, until it goes on or has ended."""
+        frame = encode(messages)
+        while True:
+            with contextlib.suppress(zmq.Again):
+                self._outputs.send(frame, zmq.NOBLOCK)
+                return
+            if self.closing or self._parent_fd in dict(self._room.poll(STUCK_LOOK_MS)):
+                return
 
     def receive(self) -> list[ToEngine]:
         """Everything that is there."""
@@ -98,7 +109,7 @@ class EngineLoop:
 
     def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
         """Ends ``run`` after the step that is under way; also a signal handler."""
-        self._stopping = True
+        self._stopping = self._channel.closing = True
 
     def run(self) -> None:
         """Steps as long as there is work, and otherwise waits for some."""
@@ -147,7 +158,7 @@ class EngineLoop:
 
 def run(launch: Launch, parent_fd: int) -> int:
     """Builds the engine and runs it; returns the exit code."""
-    channel = Channel(launch)
+    channel = Channel(launch, parent_fd)
     try:
         engine = build_engine(launch.engine)
         engine.start()
