@@ -19,10 +19,11 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 from kvstore.config import ConfigT, parse_command_line
 from kvstore.errors import ConfigError, InvalidArgumentError, KVStoreError
+from kvstore.http_metrics import MetricsHttpServer
 
 log = logging.getLogger(__name__)
 
@@ -313,15 +314,12 @@ class MetricsServer:
         check_loopback(address, insecure=insecure)
         host, port = split_host_port(address)
         try:
-            self._server, self._thread = start_http_server(
-                port, addr=host.strip("[]"), registry=registry
-            )
+            self._server = MetricsHttpServer(registry, host.strip("[]"), port)
         except OSError as error:
             raise ConfigError(f"metrics on {address}: {error.strerror or error}") from None
         self.address = f"{host}:{self._server.server_port}"
+        self._server.start()
 
     def stop(self) -> None:
         """Closes the port and ends the thread."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self._server.stop()
