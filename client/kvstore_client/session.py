@@ -16,6 +16,7 @@ from kvstore.errors import (
     DeadlineError,
     InvalidArgumentError,
     KVStoreError,
+    PreconditionError,
     ResourceExhaustedError,
     UnavailableError,
     error_from_code,
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 OUTSTANDING_MAX = 4096
 _CLOSE_TIMEOUT_S = 1.0
+_PERMISSION_DENIED = "Permission denied"  # what gRPC says of a Unix socket
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -100,6 +102,11 @@ class Session:
         except KVStoreError as error:
             cause = self.lost
             await self.close(goodbye=False)
+            if _PERMISSION_DENIED in str(cause or error):
+                raise UnavailableError(
+                    f"permission denied: {self.address} belongs to another user; run this process "
+                    "as the user who runs the node"
+                ) from None
             if isinstance(cause or error, UnavailableError):
                 raise UnavailableError(
                     f"no node answers at {self.address}: {cause or error}; "
@@ -187,10 +194,18 @@ class Session:
                 self._dispatch(response)
             self._lose(UnavailableError("the node ended it"))
         except grpc.aio.AioRpcError as error:
-            self._lose(error_of_call(error))
+            self._lose(self._cause(error))
         except asyncio.CancelledError:
             self._lose(UnavailableError("its stream was cancelled"))
             raise
+
+    def _cause(self, error: grpc.aio.AioRpcError) -> KVStoreError:
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            return PreconditionError(
+                f"what answers at {self.address} is a master, not a node (or a node of another "
+                "version); `kvstore nodes` shows the addresses of nodes"
+            )
+        return error_of_call(error)
 
     def _dispatch(self, response: node_pb2.SessionResponse) -> None:
         receiver = self._receivers.get(response.id)

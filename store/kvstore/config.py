@@ -13,6 +13,7 @@ from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, get_type_hints
 
+import kvstore
 from kvstore.errors import ConfigError
 
 
@@ -27,6 +28,7 @@ ConfigT = TypeVar("ConfigT", bound=AnyDataclass)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B?|B)?", re.IGNORECASE)
 SIZE_END = 1 << 63  # bytes; what files and messages can say is below it
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_EXPECTED = {int: "not a whole number", float: "not a number", bool: "neither true nor false"}
 _BOOLS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -63,6 +65,20 @@ def format_size(value: int) -> str:
     return str(value)
 
 
+def readable_size(value: int) -> str:
+    """Bytes in a unit that people read: ``1.5 GiB``."""
+    number = float(value)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{_one_digit(number)} {unit}"
+        number /= 1024
+    return f"{_one_digit(number)} TiB"
+
+
+def _one_digit(number: float) -> str:
+    return f"{number:.1f}".removesuffix(".0")
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports a wrong flag as ConfigError, so that a command prints one line and exits with 2."""
 
@@ -85,7 +101,7 @@ def _convert(spec: Field[Any], kind: type, value: object, where: str) -> object:
         if isinstance(value, str) and where != "key":
             return _BOOLS[value.lower()] if kind is bool else kind(value)
     except (ConfigError, ValueError, KeyError) as error:
-        detail = str(error) if isinstance(error, ConfigError) else f"not a {kind.__name__}"
+        detail = str(error) if isinstance(error, ConfigError) else _EXPECTED[kind]
         raise ConfigError(f"{name}: {value!r}: {detail}") from None
     raise ConfigError(f"{name}: {value!r} is of type {type(value).__name__}, not {kind.__name__}")
 
@@ -157,6 +173,7 @@ def parse_command_line(
     """
     hints = get_type_hints(cls)
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"{prog} {kvstore.__version__}")
     parser.add_argument("--config", metavar="FILE", help="TOML file with the settings below")
     for spec in fields(cls):
         default = "" if spec.default in (MISSING, "") else f" [{_default_text(spec)}]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import inspect
 import logging
 import os
@@ -19,15 +20,16 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, start_http_server
 
 from kvstore.config import ConfigT, parse_command_line
 from kvstore.errors import ConfigError, InvalidArgumentError, KVStoreError
-from kvstore.http_metrics import MetricsHttpServer
 
 log = logging.getLogger(__name__)
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+# SIGHUP: the terminal was closed. `nohup` has it ignored.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
 UNIX_PATH_BYTES_MAX = 107
 MESSAGE_BYTES_MAX = 64 << 20
@@ -79,12 +81,24 @@ def run_daemon(prog: str, main: Coroutine[Any, Any, None]) -> None:
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
 
 
-def stop_event() -> asyncio.Event:
-    """An event of the running loop that SIGTERM and SIGINT set."""
-    event = asyncio.Event()
+class StopEvent(asyncio.Event):
+    """Set by the signal that tells this process to stop."""
+
+    signum = 0
+
+    def tell(self, signum: int) -> None:
+        """Sets the event; the first signal is kept."""
+        self.signum = self.signum or signum
+        self.set()
+
+
+def stop_event() -> StopEvent:
+    """An event of the running loop that STOP_SIGNALS set, but for what was ignored before."""
+    event = StopEvent()
     loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, event.set)
+    for signum in STOP_SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            loop.add_signal_handler(signum, event.tell, signum)
     return event
 
 
@@ -102,22 +116,39 @@ def split_host_port(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def check_loopback(address: str, *, insecure: bool) -> None:
-    """Refuses an address that others on the network reach, unless told ``--insecure``."""
+def check_loopback(address: str, *, insecure: bool, unix: bool = True) -> None:
+    """Refuses an address that others on the network reach, unless told ``--insecure``.
+
+    ``unix``: whether the server could take a Unix socket instead.
+    """
     if address.startswith("unix:"):
         return
     host, _ = split_host_port(address)
     if host not in LOOPBACK_HOSTS and not insecure:
         raise ConfigError(
             f"listening on {address} without TLS lets anyone on the network in; "
-            "take a loopback address or a Unix socket, or pass --insecure"
+            f"take 127.0.0.1{' or unix:PATH' if unix else ''}, or pass --insecure"
         )
 
 
-def _check_unix_socket(path: Path) -> None:
-    """Clears a dead socket file away; ConfigError if a living server listens there."""
+def check_address(address: str, flag: str, *, insecure: bool) -> None:
+    """ConfigError if nothing can listen on ``address``, which ``flag`` sets.
+
+    Clears a dead socket file away.
+    """
+    check_loopback(address, insecure=insecure)
+    if address.startswith("unix:"):
+        _check_unix_socket(Path(address.removeprefix("unix:")), flag)
+    else:
+        _check_port(address, flag)
+
+
+def _check_unix_socket(path: Path, flag: str) -> None:
     if len(os.fsencode(path)) > UNIX_PATH_BYTES_MAX:
-        raise ConfigError(f"socket path {path} is longer than {UNIX_PATH_BYTES_MAX} bytes")
+        raise ConfigError(
+            f"socket path {path} is longer than {UNIX_PATH_BYTES_MAX} bytes; "
+            f"take a shorter one, such as {flag} unix:/run/user/{os.getuid()}/kvstore.sock"
+        )
     if not path.parent.is_dir():
         raise ConfigError(f"socket path {path}: its directory does not exist")
     if not path.exists():
@@ -131,13 +162,19 @@ def _check_unix_socket(path: Path) -> None:
         except ConnectionRefusedError:
             path.unlink(missing_ok=True)
             return
+        except PermissionError:
+            raise ConfigError(
+                f"socket path {path} belongs to another user; take another {flag}"
+            ) from None
         except OSError as error:
             raise ConfigError(f"socket path {path}: {error.strerror or error}") from None
-    raise ConfigError(f"address unix:{path} is in use by another process")
+    raise ConfigError(
+        f"address unix:{path} is in use by another process; stop that, or take another {flag}"
+    )
 
 
-def _check_port(address: str) -> None:
-    """ConfigError if the port cannot be taken; gRPC would log lines of its own to stderr."""
+def _check_port(address: str, flag: str) -> None:
+    # gRPC would log lines of its own to stderr.
     host, port = split_host_port(address)
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
@@ -145,15 +182,19 @@ def _check_port(address: str) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(found[4])
     except OSError as error:
-        raise ConfigError(f"cannot listen on {address}: {error.strerror or error}") from None
+        raise _cannot_listen(address, error, flag) from None
 
 
-def bind(server: grpc.aio.Server, address: str) -> str:
+def _cannot_listen(address: str, error: OSError, flag: str) -> ConfigError:
+    remedy = f"take another {flag}"
+    if error.errno == errno.EADDRINUSE:
+        remedy = f"stop what listens there (another kvstore?), or {remedy}"
+    return ConfigError(f"cannot listen on {address}: {error.strerror or error}; {remedy}")
+
+
+def bind(server: grpc.aio.Server, address: str, flag: str) -> str:
     """Binds ``server`` and returns the address with the port that was taken."""
-    if address.startswith("unix:"):
-        _check_unix_socket(Path(address.removeprefix("unix:")))
-    else:
-        _check_port(address)
+    check_address(address, flag, insecure=True)
     try:
         port = server.add_insecure_port(address)
     except RuntimeError:
@@ -299,7 +340,7 @@ async def start_grpc_server(
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     names = [*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME]
     reflection.enable_server_reflection(names, server)
-    bound = bind(server, address)
+    bound = bind(server, address, "--listen")
     await server.start()
     for name in ("", *service_names):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -316,7 +357,7 @@ class MetricsServer:
         try:
             self._server = MetricsHttpServer(registry, host.strip("[]"), port)
         except OSError as error:
-            raise ConfigError(f"metrics on {address}: {error.strerror or error}") from None
+            raise _cannot_listen(address, error, "--metrics-listen") from None
         self.address = f"{host}:{self._server.server_port}"
         self._server.start()
 

@@ -1,4 +1,6 @@
 import asyncio
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ from kvstore.errors import (
 from kvstore_client import AsyncClient, CacheSpec, EndReason, Namespace, session
 from kvstore_proto import node_pb2
 
+from tests.cli.store import short_directory
 from tests.client.fake_node import FakeNode, Request, Response
+from tests.master.rig import start_master
 
 
 async def test_without_a_node_the_error_says_how_to_start_one(tmp_path: Path) -> None:
@@ -24,6 +28,27 @@ async def test_without_a_node_the_error_says_how_to_start_one(tmp_path: Path) ->
 async def test_an_address_that_can_never_be_right_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="unix:/run"):
         await AsyncClient.connect("/run/kvstore/node.sock")
+
+
+async def test_a_master_is_no_node(tmp_path: Path) -> None:
+    async with start_master(tmp_path / "master") as master:
+        with pytest.raises(PreconditionError, match="is a master, not a node"):
+            await AsyncClient.connect(master.address)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_a_socket_of_another_user_is_a_clear_error() -> None:
+    with short_directory() as folder, socket.socket(socket.AF_UNIX) as server:
+        folder.chmod(0o755)
+        server.bind(str(folder / "s"))
+        server.listen()
+        (folder / "s").chmod(0o600)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(UnavailableError, match="belongs to another user"):
+                await AsyncClient.connect(f"unix:{folder}/s", timeout_s=2)
+        finally:
+            os.seteuid(0)
 
 
 async def test_hello_names_the_process(client: AsyncClient, node: FakeNode) -> None:

@@ -15,8 +15,8 @@ from kvstore.daemon import start_grpc_server
 from kvstore.master.admin import AdminService
 from kvstore.master.cluster import Cluster
 from kvstore.master.config import MasterConfig
-from kvstore.master.daemon import SERVICE_NAMES
 from kvstore.master.service import MasterService
+from kvstore.master.serving import SERVICE_NAMES
 from kvstore.master.state.lmdb import LmdbState
 from kvstore_proto import (
     admin_pb2_grpc,

@@ -86,7 +86,7 @@ async def test_address_of_another_machine() -> None:
 
 async def test_port_that_is_taken_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     first = await daemon.start_grpc_server("127.0.0.1:0", lambda _s: None, [])
-    monkeypatch.setattr(daemon, "_check_port", lambda _address: None)
+    monkeypatch.setattr(daemon, "_check_port", lambda *_: None)
     with pytest.raises(ConfigError, match="in use"):
         await daemon.start_grpc_server(first.address, lambda _s: None, [])
     await first.stop(0)

@@ -11,8 +11,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvstore.core.types import Tier
 from kvstore.faultpoint import enable_faultpoints
-from kvstore.node.daemon import SSD_SERVICE_NAME
 from kvstore.node.metrics import node_registry
+from kvstore.node.serving import SSD_SERVICE_NAME
 
 from tests.node.rig import (
     BLOCK_BYTES,

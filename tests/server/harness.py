@@ -14,9 +14,9 @@ from kvstore_engine.config import EngineConfig
 from kvstore_engine.messages import RequestOutput
 from kvstore_engine.server.config import ServerConfig
 from kvstore_engine.server.engine_client import EngineClient
-from kvstore_engine.server.main import listen, run_http
 from kvstore_engine.server.metrics import Metrics
 from kvstore_engine.server.service import Service
+from kvstore_engine.server.serving import listen, run_http
 from kvstore_engine.tokenizer import load_tokenizer
 
 FAKE_COMMAND = (sys.executable, str(Path(__file__).with_name("fake_engine.py")))

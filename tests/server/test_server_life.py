@@ -7,7 +7,7 @@ import signal
 import httpx
 import pytest
 from kvstore.errors import UnavailableError
-from kvstore_engine.server import main
+from kvstore_engine.server import serving
 
 from tests.server.harness import server, until
 
@@ -110,7 +110,7 @@ async def test_stop_lets_open_requests_finish() -> None:
 
 
 async def test_stop_ends_requests_that_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "DRAIN_S", 0.2)
+    monkeypatch.setattr(serving, "DRAIN_S", 0.2)
     async with server() as api:
         whole = asyncio.create_task(api.post("/v1/completions", **HANG))
         stream = asyncio.create_task(api.events("/v1/completions", **HANG))

@@ -1,76 +1,16 @@
-"""kvstore-master: start, serve, stop."""
+"""The command kvstore-master."""
 
-import asyncio
-import contextlib
-import logging
 from collections.abc import Sequence
 
-import grpc
-from kvstore_proto import admin_pb2_grpc, master_pb2_grpc
-
-from kvstore.daemon import (
-    MetricsServer,
-    announce,
-    load_config_or_exit,
-    run_daemon,
-    setup_logging,
-    start_grpc_server,
-    stop_event,
-)
-from kvstore.master.admin import AdminService
-from kvstore.master.cluster import Cluster
-from kvstore.master.config import MasterConfig
-from kvstore.master.service import MasterService
-from kvstore.master.state.lmdb import LmdbState
-
-log = logging.getLogger(__name__)
-
-SERVICE_NAMES = ("kvstore.v1.Master", "kvstore.v1.Admin")
-DESCRIPTION = "Index of all nodes' blocks, cluster state and admin service of kvstore."
-
-
-async def serve(config: MasterConfig) -> None:
-    """Runs a master until SIGTERM or SIGINT. Raises ConfigError where it cannot start."""
-    stopping = stop_event()
-    with contextlib.closing(LmdbState(config.data_dir)) as state:
-        cluster = Cluster(config, state)
-
-        def register(server: grpc.aio.Server) -> None:
-            master_pb2_grpc.add_MasterServicer_to_server(MasterService(cluster), server)
-            admin_pb2_grpc.add_AdminServicer_to_server(AdminService(cluster), server)
-
-        async with contextlib.AsyncExitStack() as stack:
-            if config.metrics_listen:
-                metrics = MetricsServer(
-                    cluster.metrics.registry, config.metrics_listen, insecure=config.insecure
-                )
-                stack.callback(metrics.stop)
-                log.info("metrics on http://%s/metrics", metrics.address)
-            server = await start_grpc_server(
-                config.listen, register, SERVICE_NAMES, insecure=config.insecure
-            )
-            stack.push_async_callback(server.stop)
-            watchdog = asyncio.create_task(cluster.watch_nodes())
-            stack.callback(watchdog.cancel)
-            announce(f"kvstore-master ready: {server.address}")
-            await stopping.wait()
+from kvstore.entry import quiet_interrupt
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``kvstore-master``."""
-    config = load_config_or_exit(
-        MasterConfig,
-        prog="kvstore-master",
-        description=DESCRIPTION,
-        env_prefix="KVSTORE_MASTER_",
-        argv=argv,
-    )
-    run_daemon("kvstore-master", _run(config))
+    """Entry point."""
+    with quiet_interrupt():
+        from kvstore.master.serving import run
 
-
-async def _run(config: MasterConfig) -> None:
-    setup_logging(config.log_level)
-    await serve(config)
+        run(argv)
 
 
 if __name__ == "__main__":

@@ -162,5 +162,7 @@ class MasterLink:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, grpc.aio.AioRpcError):
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            return "what answers there is no master; take its address as --master"
         return error.details() or error.code().name
     return str(error) or type(error).__name__

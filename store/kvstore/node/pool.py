@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+from kvstore.config import readable_size
 from kvstore.errors import ConfigError
 from kvstore.node.dir_lock import DirectoryLock
 
@@ -97,7 +98,8 @@ class SharedFile:
 
     def _no_room(self, error: OSError) -> ConfigError:
         folder = self.path.parent
-        return ConfigError(f"{folder} has no room for {self.size_bytes} bytes: {error.strerror}")
+        size = readable_size(self.size_bytes)
+        return ConfigError(f"{folder} has no room for {size}: {error.strerror}")
 
     def close(self) -> None:
         """Removes the name at once; the memory goes when the last mapping does."""
@@ -111,7 +113,7 @@ def _check_room(folder: Path, size_bytes: int) -> None:
     room = os.statvfs(folder)
     if (free := room.f_bavail * room.f_frsize) < size_bytes:
         raise ConfigError(
-            f"{folder} has room for {free} bytes, {size_bytes} are needed; "
+            f"{folder} has room for {readable_size(free)}, {readable_size(size_bytes)} are needed; "
             "set a smaller --dram or another --pool-dir"
         )
 

@@ -5,11 +5,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvstore.config import option
+from kvstore.config import option, readable_size
 from kvstore.core.admission import check_admission
 from kvstore.core.spec import SLOT_ALIGN_BYTES
 from kvstore.errors import ConfigError
 
+_ADDRESS = re.compile(r"unix:.+|.+:\d+")
 _NODE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
@@ -53,10 +54,12 @@ class NodeConfig:
     def __post_init__(self) -> None:
         if self.node_id and not _NODE_ID.fullmatch(self.node_id):
             raise ConfigError(f"node_id {self.node_id!r}; take 1 to 128 letters, digits and ._:-")
+        if self.listen and not _ADDRESS.fullmatch(self.listen):
+            raise ConfigError(f"listen {self.listen!r}; write it like unix:/run/kvstore/node.sock")
         if self.dram < SLOT_ALIGN_BYTES:
-            raise ConfigError(f"dram is {self.dram} bytes; a DRAM tier has at least 4KiB")
+            raise ConfigError(f"dram is {readable_size(self.dram)}; a DRAM tier has at least 4KiB")
         if 0 < self.ssd < SLOT_ALIGN_BYTES:
-            raise ConfigError(f"ssd is {self.ssd} bytes; take 0 or at least 4KiB")
+            raise ConfigError(f"ssd is {readable_size(self.ssd)}; take 0 or at least 4KiB")
         if not 0 <= self.quarantine_s < math.inf:
             raise ConfigError(f"quarantine_s is {self.quarantine_s}; take 0 or more")
         check_admission(self.ssd_admission)

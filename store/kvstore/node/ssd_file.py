@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvstore.config import readable_size
 from kvstore.core.spec import SLOT_ALIGN_BYTES
 from kvstore.durable import sync_directory
 from kvstore.errors import ConfigError
@@ -64,8 +65,8 @@ class SsdFile:
         if needed > (free := room.f_bavail * room.f_frsize):
             os.close(self._descriptor)
             raise ConfigError(
-                f"{self.path.parent} has room for {free} bytes, the SSD tier needs {needed} more; "
-                "set a smaller --ssd or another --ssd-dir"
+                f"{self.path.parent} has room for {readable_size(free)}, the SSD tier needs "
+                f"{readable_size(needed)} more; set a smaller --ssd or another --ssd-dir"
             )
         if stat.st_size > self.capacity_bytes:
             os.ftruncate(self._descriptor, self.capacity_bytes)

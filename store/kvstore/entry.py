@@ -1,0 +1,34 @@
+"""How a command starts: Ctrl-C ends it at once and without a traceback while its modules load."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+
+
+def _end(_signal: int, _frame: FrameType | None) -> None:
+    # Not by an exception: the import of a C extension may turn one into an error of its own.
+    os._exit(EXIT_INTERRUPTED)
+
+
+@contextlib.contextmanager
+def quiet_interrupt() -> Iterator[None]:
+    """SIGINT ends the process with EXIT_INTERRUPTED until something else handles it.
+
+    Nothing is cleaned up, so hold nothing within that has to be. An ignored SIGINT stays ignored.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or (
+        threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
