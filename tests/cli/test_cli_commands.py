@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -33,10 +34,10 @@ def cli(master: Master, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any
     return call
 
 
-async def stocked(master: Master) -> FakeNode:
+async def stocked(master: Master, node_id: str = "node-a") -> FakeNode:
     """A node with three blocks of a prompt on SSD, two in DRAM, one in an engine's pages."""
     chain = block_keys(ROOT, range(18), SPEC.block_tokens)
-    node = await master.ready_node(dram=join_keys(chain[:2]), ssd=join_keys(chain[:3]))
+    node = await master.ready_node(node_id, dram=join_keys(chain[:2]), ssd=join_keys(chain[:3]))
     await node.delta(HBM, stored=chain[0], engine_id="engine-1")
     await node.heartbeat(
         capacity_bytes=1 << 20,
@@ -45,23 +46,25 @@ async def stocked(master: Master) -> FakeNode:
         pending_bytes=48_576,
         blocks=2,
     )
-    await until(lambda: bool(master.cluster.members.nodes["node-a"].tiers))
+    await until(lambda: bool(master.cluster.members.nodes[node_id].tiers))
     return node
 
 
 async def test_status(master: Master, cli: Callable[..., Any]) -> None:
     code, out, _ = await cli("status")
     assert code == 0
-    assert "0 nodes ready; 0 block locations indexed" in out
+    assert "0 nodes ready; 0 blocks indexed (copies in all tiers: 0)" in out
     await stocked(master)
     _, out, _ = await cli("status")
-    assert "1 node ready; 6 block locations indexed" in out
+    assert "1 node ready; 3 blocks indexed (copies in all tiers: 6)" in out
     assert "97.7 KiB" in out
     assert ROOT.hex()[:12] in out
     code, out, _ = await cli("status", "--json")
     status = json.loads(out)
     assert (status["nodes_ready"], status["nodes_lost"], status["indexed_blocks"]) == (1, 0, 6)
-    assert status["tiers"] == [
+    [hbm, dram] = status["tiers"]
+    assert (hbm["tier"], hbm["capacity_bytes"], hbm["blocks"]) == ("HBM", 0, 1)
+    assert [dram] == [
         {
             "tier": "DRAM",
             "capacity_bytes": 1 << 20,
@@ -85,7 +88,7 @@ async def test_nodes(master: Master, cli: Callable[..., Any]) -> None:
     _, out, _ = await cli("nodes")
     assert [line.split()[:3] for line in out.splitlines() if "node-" in line] == [
         ["node-a", "ready", "now"],
-        ["node-b", "lost", "now"],
+        ["node-b", "lost", "0"],  # s ago
     ]
     assert "14 % of 1 MiB" in out
     listed = json.loads((await cli("nodes", "--json"))[1])["nodes"]
@@ -127,9 +130,17 @@ async def test_blocks(master: Master, cli: Callable[..., Any]) -> None:
     assert "No such block" in (await cli("blocks"))[1]
     await stocked(master)
     _, out, _ = await cli("blocks", "--limit", "4")
-    assert "There is more: kvstore blocks --after " in out
-    _, rest, _ = await cli("blocks", "--after", out.split()[-1])
+    more = shlex.split(out.partition("There is more: ")[2])
+    assert more[:4] == ["kvstore", "blocks", "--limit", "4"]
+    assert more[4:7] == ["--master", master.address, "--after"]
+    _, rest, _ = await cli(*more[1:])
     assert out.count("node-a") + rest.count("node-a") == 6
+    filters = ("--namespace", ROOT.hex()[:6], "--node", "node-a", "--tier", "ssd", "--limit", "2")
+    _, out, _ = await cli("blocks", *filters)
+    more = shlex.split(out.partition("There is more: ")[2])
+    assert more[2:10] == list(filters)
+    _, rest, _ = await cli(*more[1:])
+    assert (rest.count("SSD"), rest.count("DRAM"), "more" in rest) == (1, 0, False)
     _, out, _ = await cli("blocks", "--tier", "hbm", "--node", "node-a", "--json")
     [block] = json.loads(out)["blocks"]
     assert (block["tier"], block["engine_id"], block["bytes"]) == ("HBM", "engine-1", 4096)
@@ -137,19 +148,35 @@ async def test_blocks(master: Master, cli: Callable[..., Any]) -> None:
     assert len(json.loads(out)["blocks"]) == 6
 
 
-async def test_tables_fit_80_columns(
-    master: Master, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("columns", [80, 60])
+async def test_tables_fit_the_terminal(
+    master: Master, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
-    node = await stocked(master)
+    node = await stocked(master, "node-1a2b3c4d5e6f")
     await node.delta(HBM, stored=keys(1), engine_id="0123456789abcdef" * 2)
-    monkeypatch.setenv("COLUMNS", "80")
+    await node.heartbeat(
+        capacity_bytes=3456 << 20,
+        free_bytes=1234 << 20,
+        live_bytes=1234 << 20,
+        pending_bytes=765 << 20,
+        quarantined_bytes=223 << 20,
+        blocks=12345,
+    )
+    node_info = master.cluster.members.nodes["node-1a2b3c4d5e6f"]
+    await until(lambda: node_info.tiers[0].blocks == 12345)
+    monkeypatch.setenv("COLUMNS", str(columns))
     _, out, _ = await cli("blocks")
     assert [out.count(tier) for tier in ("HBM", "DRAM", "SSD")] == [2, 2, 3]
     assert "01234567 " in out
     for command in (["status"], ["nodes"], ["blocks"], ["locate", "--tokens", TOKENS]):
         _, out, _ = await cli(*command)
-        assert max(map(len, out.splitlines())) <= 80
+        assert max(map(len, out.splitlines())) <= columns
         assert "…" not in out
+        headers = {"nodes": "node state seen DRAM SSD", "blocks": "key tier node engine"}
+        headers |= {"status": "tier capacity", "locate": "tier node engine blocks from to"}
+        assert headers[command[0]] in " ".join(out.split())
+        assert command[0] == "status" or "node-1a2b3c4d5e6f" in out
+    assert ("░" in out) == (columns == 80)
 
 
 async def test_locate(master: Master, cli: Callable[..., Any]) -> None:
@@ -276,8 +303,11 @@ async def test_a_namespace_is_named_by_its_first_digits(
     node = await stocked(master)
     await node.namespace(OTHER)
     await until(lambda: len(master.cluster.namespaces) == 2)
+    assert "3 leading blocks" in (await cli("locate", "--tokens", TOKENS))[1]
+    await node.delta(DRAM, root=namespace_root(OTHER), stored=keys(1))
+    await until(lambda: master.cluster.locations.entries == 7)
     code, _, err = await cli("locate", "--tokens", TOKENS)
-    assert code == 1
+    assert code == 2
     assert "several namespaces" in err
     assert f"{ROOT.hex()[:12]} ({SPEC.model})" in err
     code, out, _ = await cli("locate", "--tokens", TOKENS, "--namespace", ROOT.hex()[:10])
@@ -309,7 +339,7 @@ async def test_an_ambiguous_namespace_asks_for_more_digits(
         (["locate"], "--tokens or as --text"),
         (["locate", "--tokens", "1", "--text", "x"], "--tokens or as --text"),
         (["locate", "--text", "x"], "--text needs --tokenizer"),
-        (["locate", "--tokens", "1,zwei"], "invalid literal"),
+        (["locate", "--tokens", "1,zwei"], "token ids are whole numbers"),
         (["locate", "--tokens", "-1,2"], "a token id is 0 to"),
         (["evict"], "--tier"),
         (["evict", "--tier", "hbm"], "dram"),

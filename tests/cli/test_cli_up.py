@@ -113,7 +113,8 @@ def test_a_port_in_use_is_wrong_usage() -> None:
         try:
             assert store.process.wait(20) == 2
             error = store.error()
-            assert f"kvstore-master: cannot listen on {address}" in error
+            assert f"kvstore: cannot listen on {address}: Address already in use; " in error
+            assert "take another --master-listen" in error
             assert "Traceback" not in error
         finally:
             store.clean_up()

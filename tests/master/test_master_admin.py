@@ -113,7 +113,14 @@ async def test_a_prompt_needs_one_namespace(master: Master) -> None:
     await node.namespace(OTHER)
     await until(lambda: len(master.cluster.namespaces) == 2)
     code, says = await refusal(master.admin.LocatePrompt(request))
-    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert (code, "no namespace has a block" in says) == (grpc.StatusCode.NOT_FOUND, True)
+    await node.delta(DRAM, root=namespace_root(OTHER), stored=keys(1))
+    await until(lambda: master.cluster.locations.entries == 1)
+    assert (await master.admin.LocatePrompt(request)).found == 0
+    await node.delta(DRAM, stored=keys(2))
+    await until(lambda: master.cluster.locations.entries == 2)
+    code, says = await refusal(master.admin.LocatePrompt(request))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert ROOT.hex()[:12] in says
 
 

@@ -1,9 +1,12 @@
 """``kvstore blocks``: which blocks are indexed, and where."""
 
+import shlex
 from typing import Annotated, Any
 
 import typer
 from kvstore_proto import admin_pb2
+from rich.console import Console
+from rich.table import Table
 
 from kvstore.cli.connection import connect
 from kvstore.cli.options import (
@@ -18,23 +21,28 @@ from kvstore.cli.options import (
 )
 from kvstore.cli.output import (
     ENGINE_DIGITS,
+    Fit,
     console,
     count,
     cut,
+    print_fitting,
     print_json,
     short,
     size,
     table,
     tier_name,
     tier_text,
+    widest_of,
 )
+
+LIMIT = 100
 
 
 def blocks(
     namespace: NamespaceOption = "",
     node: NodeOption = "",
     tier: Annotated[TierName | None, typer.Option(help="Only this tier.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows to show.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows to show.")] = LIMIT,
     after: Annotated[
         str, typer.Option(metavar="KEY", help="Go on after this key: the end of the page before.")
     ] = "",
@@ -62,22 +70,41 @@ def blocks(
     if not answer.blocks:
         console().print("No such block is indexed.")
         return
-    rows = table("", "key", "tier", "node", "engine", "model", ">size")
-    rows.columns[4].no_wrap = False
-    for block in answer.blocks:
-        rows.add_row(
-            short(block.key),
-            tier_text(block.tier),
-            block.node_id,
-            block.engine_id[:ENGINE_DIGITS],
-            cut(models.get(block.root, short(block.root))),
-            size(block.bytes),
-        )
     out = console()
-    out.print(rows)
+    _print(out, answer, models)
     out.print(f"{count(len(answer.blocks), 'row')}.")
     if answer.next:
-        out.print(f"There is more: kvstore blocks --after {answer.next.hex()}", soft_wrap=True)
+        given = {"--namespace": namespace, "--node": node, "--tier": tier.value if tier else ""}
+        given |= {"--limit": "" if limit == LIMIT else str(limit)}
+        given |= {"--master": "" if master == DEFAULT_MASTER else master}
+        options = [part for flag, value in given.items() if value for part in (flag, value)]
+        more = shlex.join(["kvstore", "blocks", *options, "--after", answer.next.hex()])
+        out.print(f"There is more: {more}", markup=False, soft_wrap=True)
+
+
+def _print(out: Console, answer: admin_pb2.ListBlocksResponse, models: dict[bytes, str]) -> None:
+    named = {block.root: models.get(block.root, short(block.root)) for block in answer.blocks}
+
+    def rows(model_cells: int, node_cells: int) -> Table:
+        model = ["model"] if model_cells else []
+        result = table("", "key", "tier", "node", "engine", *model, ">size")
+        for block in answer.blocks:
+            result.add_row(
+                short(block.key),
+                tier_text(block.tier),
+                cut(block.node_id, node_cells),
+                block.engine_id[:ENGINE_DIGITS],
+                *([cut(named[block.root], model_cells)] if model else []),
+                size(block.bytes),
+            )
+        return result
+
+    nodes = widest_of(block.node_id for block in answer.blocks)
+    print_fitting(
+        out,
+        Fit(lambda cells: rows(cells, nodes), widest_of(named.values())),
+        Fit(lambda cells: rows(0, cells), nodes),
+    )
 
 
 def block_json(block: admin_pb2.BlockInfo) -> dict[str, Any]:

@@ -24,9 +24,10 @@ class ChildEndedError(KVStoreError):
         self.child_code = code
 
 
-def _end_with_parent() -> None:
-    # Runs in the child before exec: also a killed parent leaves no daemon behind.
+def _before_exec() -> None:
+    # Also a killed parent leaves no daemon behind; Ctrl-C is for the parent, which ends them.
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Child:
@@ -47,7 +48,7 @@ class Child:
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            preexec_fn=_end_with_parent,
+            preexec_fn=_before_exec,
         )
         return cls(name, process)
 

@@ -7,10 +7,17 @@ from typing import Any
 import grpc
 from kvstore_proto import admin_pb2, admin_pb2_grpc
 
-from kvstore.errors import InvalidArgumentError, NotFoundError, UnavailableError, error_from_code
+from kvstore.errors import (
+    InvalidArgumentError,
+    NotFoundError,
+    PreconditionError,
+    UnavailableError,
+    error_from_code,
+)
 
 CALL_TIMEOUT_S = 30.0
 MESSAGE_BYTES_MAX = 64 << 20
+_PERMISSION_DENIED = "Permission denied"  # what gRPC says of a Unix socket
 
 
 class Admin:
@@ -25,6 +32,16 @@ class Admin:
         try:
             return getattr(self._stub, method)(request, timeout=timeout_s)
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                raise PreconditionError(
+                    f"what answers at {self.address} is a node, not a master (or a master of "
+                    "another version); name the master with --master or KVSTORE_MASTER"
+                ) from None
+            if _PERMISSION_DENIED in (error.details() or ""):
+                raise PreconditionError(
+                    f"permission denied: {self.address} belongs to another user; run this command "
+                    "as the user who runs the master"
+                ) from None
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 raise UnavailableError(
                     f"no master answers at {self.address}; start one with `kvstore up`, or name "

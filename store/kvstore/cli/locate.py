@@ -5,26 +5,33 @@ from typing import Annotated, Any
 
 import typer
 from kvstore_proto import admin_pb2, common_pb2
+from rich.table import Table
 from rich.text import Text
 
-from kvstore.cli.connection import connect
+from kvstore.cli.connection import Admin, connect
 from kvstore.cli.options import DEFAULT_MASTER, JsonOption, MasterOption, NamespaceOption
 from kvstore.cli.output import (
     ENGINE_DIGITS,
     TIER_STYLES,
+    Fit,
     console,
     count,
+    cut,
     end_name,
+    print_fitting,
     print_json,
+    short,
     table,
     tier_name,
     tier_text,
+    widest_of,
 )
 from kvstore.errors import InvalidArgumentError, KVStoreError
 
 PICTURE_CELLS = 32
 TOKEN_MAX = (1 << 32) - 1
 STDIN = "-"
+RAW = "raw"  # the attention of a namespace that is no model's
 
 
 def locate(
@@ -49,21 +56,37 @@ def locate(
 
     Only full blocks have a key; the tokens after the last one are never cached.
 
+    A chat is looked up by the tokens that its template makes of it: ask the engine for them,
+    with the same messages (chat.json is the request: {"messages": […]}).
+
     [bold]Examples[/bold]
       [cyan]kvstore locate --tokens 1,2,3,4,5,6,7,8[/cyan]
       [cyan]kvstore locate --text "$(cat prompt.txt)" --tokenizer ~/models/llama[/cyan]
       [cyan]kvstore locate --text - --tokenizer smollm2-135m-instruct < prompt.txt[/cyan]
+      [cyan]curl -s localhost:8000/tokenize -d @chat.json | jq '.tokens[]' > ids[/cyan]
+      [cyan]kvstore locate --tokens - < ids[/cyan]
     """
     ids = _read_tokens(tokens, text, tokenizer)
     with connect(master) as admin:
         request = admin_pb2.LocatePromptRequest(
-            root=admin.root(namespace), tokens=ids, cache_salt=salt
+            root=_root(admin, namespace, of_model=bool(text)), tokens=ids, cache_salt=salt
         )
         answer = admin.call("LocatePrompt", request)
     if as_json:
         print_json(located_json(answer, len(ids)))
     else:
         _print(answer, len(ids))
+
+
+def _root(admin: Admin, namespace: str, *, of_model: bool) -> bytes:
+    """The namespace that is meant; empty where it is the master's to say."""
+    if namespace or not of_model:
+        return admin.root(namespace)
+    meant = [n for n in admin.namespaces() if n.blocks and n.spec.attention != RAW]
+    if len(meant) > 1:
+        listed = ", ".join(f"{short(n.root)} ({n.spec.model})" for n in meant)
+        raise InvalidArgumentError(f"several namespaces have blocks; pass --namespace: {listed}")
+    return meant[0].root if meant else b""
 
 
 def _read_tokens(tokens: str, text: str, tokenizer: str) -> list[int]:
@@ -78,8 +101,10 @@ def _read_tokens(tokens: str, text: str, tokenizer: str) -> list[int]:
 def _parse_ids(given: str) -> list[int]:
     try:
         ids = [int(part) for part in given.replace(",", " ").split()]
-    except ValueError as error:
-        raise typer.BadParameter(f"--tokens: {error}") from None
+    except ValueError:
+        raise typer.BadParameter(
+            "--tokens: token ids are whole numbers, such as 1,2,3; a text is given as --text"
+        ) from None
     if any(not 0 <= i <= TOKEN_MAX for i in ids):
         raise typer.BadParameter(f"--tokens: a token id is 0 to {TOKEN_MAX}")
     return ids
@@ -139,24 +164,35 @@ def _print(answer: admin_pb2.LocatePromptResponse, tokens: int) -> None:
         out.print(f"block {answer.found}: {end_name(answer.end).replace('_', ' ')}")
     if not answer.runs:
         return
-    rows = table("", "tier", "node", "engine", ">blocks", ">from", ">to", "prompt")
+    nodes = widest_of(run.node_id for run in answer.runs)
+    print_fitting(
+        out,
+        Fit(lambda cells: _rows(answer, cells, nodes), PICTURE_CELLS),
+        Fit(lambda cells: _rows(answer, 0, cells), nodes),
+    )
+
+
+def _rows(answer: admin_pb2.LocatePromptResponse, picture_cells: int, node_cells: int) -> Table:
+    engine = ["engine"] if any(run.engine_id for run in answer.runs) else []
+    picture = ["prompt"] if picture_cells else []
+    rows = table("", "tier", "node", *engine, ">blocks", ">from", ">to", *picture)
     for run in answer.runs:
         rows.add_row(
             tier_text(run.tier),
-            run.node_id,
-            run.engine_id[:ENGINE_DIGITS],
+            cut(run.node_id, node_cells),
+            *([run.engine_id[:ENGINE_DIGITS]] if engine else []),
             f"{run.count:,}",
             str(run.first),
             str(run.first + run.count - 1),
-            _picture(run, answer.blocks),
+            *([_picture(run, answer.blocks, picture_cells)] if picture else []),
         )
-    out.print(rows)
+    return rows
 
 
-def _picture(run: common_pb2.LocatedRun, blocks: int) -> Text:
+def _picture(run: common_pb2.LocatedRun, blocks: int, cells: int) -> Text:
     """Where in the prompt a run lies."""
-    start = PICTURE_CELLS * run.first // blocks
-    end = max(start + 1, PICTURE_CELLS * (run.first + run.count) // blocks)
+    start = min(cells * run.first // blocks, cells - 1)
+    end = max(start + 1, cells * (run.first + run.count) // blocks)
     text = Text("░" * start, style="bright_black")
     text.append("█" * (end - start), style=TIER_STYLES.get(tier_name(run.tier), ""))
-    return text.append("░" * (PICTURE_CELLS - end), style="bright_black")
+    return text.append("░" * (cells - end), style="bright_black")

@@ -5,25 +5,30 @@ from typing import Annotated, Any
 
 import typer
 from kvstore_proto import admin_pb2, common_pb2
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from kvstore.cli.connection import connect
 from kvstore.cli.options import DEFAULT_MASTER, JsonOption, MasterOption
 from kvstore.cli.output import (
+    Fit,
     console,
+    cut,
     duration,
+    print_fitting,
     print_json,
     print_problems,
     size,
     table,
     tier_name,
+    widest_of,
 )
 from kvstore.cli.status import usage_json
 
-STATE_STYLES = {"ready": "green", "syncing": "yellow", "lost": "red"}
+LOST = "lost"
+STATE_STYLES = {"ready": "green", "syncing": "yellow", LOST: "red"}
 JUST_NOW_MS = 10_000
-WIDTH_MAX = 10_000
 
 
 def nodes(
@@ -58,27 +63,35 @@ def nodes(
     if not found:
         console().print("No node has joined this master yet.")
         return
-    out = console()
-    rows = _rows(found, where=True)
-    if out.measure(rows, options=out.options.update(max_width=WIDTH_MAX)).maximum <= out.width:
-        out.print(rows)
-    else:  # an address is of use only as a whole
-        out.print(_rows(found, where=False))
-        for node in found:
-            out.print(Text(f"{node.node_id}  {_where(node)}"), soft_wrap=True)
+    _print(console(), found)
     print_problems([f"{node.node_id}: {text}" for node in found for text in node.problems])
 
 
-def _rows(found: Sequence[admin_pb2.NodeInfo], *, where: bool) -> Table:
+def _print(out: Console, found: Sequence[admin_pb2.NodeInfo]) -> None:
+    ids = widest_of(node.node_id for node in found)
+    shown = print_fitting(
+        out,
+        Fit(lambda cells: _rows(found, cells, where=True), ids, ids),
+        Fit(lambda cells: _rows(found, cells), ids, ids),
+        Fit(lambda cells: _rows(found, cells, shares=True), ids),
+    )
+    if shown.columns[-1].header != "where":  # ids and addresses are of use only as a whole
+        for node in found:
+            out.print(Text(f"{node.node_id}  {_where(node)}"), soft_wrap=True)
+
+
+def _rows(
+    found: Sequence[admin_pb2.NodeInfo], id_cells: int, *, where: bool = False, shares: bool = False
+) -> Table:
     rows = table("", "node", "state", ">seen", ">DRAM", ">SSD", *(["where"] if where else []))
     for node in found:
         tiers = {tier_name(usage.tier): usage for usage in node.tiers}
         rows.add_row(
-            node.node_id,
+            cut(node.node_id, id_cells),
             Text(node.state, style=STATE_STYLES.get(node.state, "")),
-            _seen(node.last_seen_ms),
-            _used(tiers.get("DRAM")),
-            _used(tiers.get("SSD")),
+            _seen(node),
+            _used(tiers.get("DRAM"), share=shares),
+            _used(tiers.get("SSD"), share=shares),
             *([_where(node)] if where else []),
         )
     return rows
@@ -104,12 +117,15 @@ def node_json(node: admin_pb2.NodeInfo) -> dict[str, Any]:
     }
 
 
-def _seen(last_seen_ms: int) -> str:
-    return "now" if last_seen_ms < JUST_NOW_MS else f"{duration(last_seen_ms / 1000)} ago"
+def _seen(node: admin_pb2.NodeInfo) -> str:
+    if node.state != LOST and node.last_seen_ms < JUST_NOW_MS:
+        return "now"
+    return f"{duration(node.last_seen_ms / 1000)} ago"
 
 
-def _used(usage: common_pb2.TierUsage | None) -> Text:
+def _used(usage: common_pb2.TierUsage | None, *, share: bool) -> Text:
     if usage is None or not usage.capacity_bytes:
         return Text("–", style="bright_black")
     used = usage.capacity_bytes - usage.free_bytes
-    return Text(f"{100 * used / usage.capacity_bytes:.0f} % of {size(usage.capacity_bytes)}")
+    text = f"{100 * used / usage.capacity_bytes:.0f} %"
+    return Text(text if share else f"{text} of {size(usage.capacity_bytes)}")

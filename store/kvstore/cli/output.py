@@ -3,15 +3,23 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from kvstore_proto import common_pb2
 from rich import box
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvstore.config import readable_size
+
+size = readable_size
+
 PIPE_COLUMNS = 160
+WIDTH_MAX = 10_000
+LEAST_CELLS = 8
 BAR_CELLS = 20
 SHORT_DIGITS = 12
 ENGINE_DIGITS = 8
@@ -47,17 +55,49 @@ def table(title: str, *columns: str) -> Table:
             name.removeprefix(">"),
             justify="right" if right else "left",
             no_wrap=True,
-            overflow="fold",
+            overflow="ellipsis",
         )
     return result
 
 
-def cut(text: str) -> Text:
-    """A cell that gives way where columns are scarce: one line, cut with an ellipsis.
+class Fit(NamedTuple):
+    """One way to show a table: ``build`` takes the cells of the one column that may shrink."""
 
-    Its column has to be one that may shrink (``no_wrap = False``).
+    build: Callable[[int], Table]
+    widest: int
+    least: int = LEAST_CELLS
+
+
+def print_fitting(out: Console, *fits: Fit) -> Table:
+    """Prints the first table that is no wider than the terminal, and returns it.
+
+    Where none is, the last one is cut, with ellipses.
     """
-    return Text(text, no_wrap=True, overflow="ellipsis")
+    for fit in fits:
+        rows = fit.build(fit.widest)
+        if (over := _width(out, rows) - out.width) > 0:
+            if fit.widest - over < fit.least:
+                continue
+            rows = fit.build(fit.widest - over)
+        out.print(rows)
+        return rows
+    rows = fits[-1].build(fits[-1].widest)
+    out.print(rows)
+    return rows
+
+
+def _width(out: Console, rows: Table) -> int:
+    return out.measure(rows, options=out.options.update(max_width=WIDTH_MAX)).maximum
+
+
+def cut(text: str, cells: int) -> str:
+    """``text`` in at most ``cells`` cells, with an ellipsis where something is left out."""
+    return text if cell_len(text) <= cells else set_cell_size(text, cells - 1) + "…"
+
+
+def widest_of(texts: Iterable[str]) -> int:
+    """Cells of the widest of these."""
+    return max(map(cell_len, texts), default=0)
 
 
 def print_problems(problems: Sequence[str]) -> None:
@@ -86,20 +126,6 @@ def tier_text(tier: int) -> Text:
 def short(digest: bytes) -> str:
     """The first hex digits of a root or key: enough to name it."""
     return digest.hex()[:SHORT_DIGITS]
-
-
-def size(value: int) -> str:
-    """Bytes in a unit that people read: ``1.5 GiB``."""
-    number = float(value)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{_one_digit(number)} {unit}"
-        number /= 1024
-    return f"{_one_digit(number)} TiB"
-
-
-def _one_digit(number: float) -> str:
-    return f"{number:.1f}".removesuffix(".0")
 
 
 def duration(seconds: float) -> str:

@@ -1,17 +1,23 @@
 """``kvstore status``: the cluster on one screen."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from kvstore_proto import admin_pb2, common_pb2
 from rich.console import Console
+from rich.table import Table
 
 from kvstore.cli.connection import connect
 from kvstore.cli.options import DEFAULT_MASTER, JsonOption, MasterOption
 from kvstore.cli.output import (
+    BAR_CELLS,
+    Fit,
     bar,
     console,
     count,
+    cut,
     duration,
+    print_fitting,
     print_json,
     print_problems,
     short,
@@ -19,9 +25,13 @@ from kvstore.cli.output import (
     table,
     tier_name,
     tier_text,
+    widest_of,
 )
 from kvstore.core.keys import DEFAULT_TENANT
 from kvstore.node.settings import NodeConfig
+
+BAR_CELLS_LEAST = 6
+MODEL_CELLS_LEAST = 16
 
 
 def status(master: MasterOption = DEFAULT_MASTER, as_json: JsonOption = False) -> None:
@@ -38,7 +48,7 @@ def status(master: MasterOption = DEFAULT_MASTER, as_json: JsonOption = False) -
         print_json(status_json(answer, namespaces))
         return
     out = console()
-    _print_summary(out, answer)
+    _print_summary(out, answer, sum(info.blocks for info in namespaces))
     print_problems(answer.problems)
     if answer.tiers:
         _print_tiers(out, list(answer.tiers))
@@ -80,7 +90,7 @@ def status_json(
     }
 
 
-def _print_summary(out: Console, answer: admin_pb2.StatusResponse) -> None:
+def _print_summary(out: Console, answer: admin_pb2.StatusResponse, blocks: int) -> None:
     lost = f", [red]{answer.nodes_lost} lost[/red]" if answer.nodes_lost else ""
     ready = "green" if answer.nodes_ready else "red"
     out.print(
@@ -89,7 +99,7 @@ def _print_summary(out: Console, answer: admin_pb2.StatusResponse) -> None:
     )
     out.print(
         f"[{ready}]{count(answer.nodes_ready, 'node')} ready[/{ready}]{lost}; "
-        f"{count(answer.indexed_blocks, 'block location')} indexed in {size(answer.index_bytes)}"
+        f"{count(blocks, 'block')} indexed (copies in all tiers: {answer.indexed_blocks:,})"
     )
 
 
@@ -99,21 +109,35 @@ def _print_tiers(out: Console, tiers: list[common_pb2.TierUsage]) -> None:
         name for name in ("pending", "quarantined") if any(_bytes(usage, name) for usage in tiers)
     ]
     numbers = ["live", *passing, "free"]
-    rows = table("\nTiers", "tier", ">capacity", "used", *(f">{n}" for n in numbers), ">blocks")
+    print_fitting(
+        out,
+        Fit(lambda cells: _tier_rows(tiers, cells, numbers), BAR_CELLS, BAR_CELLS_LEAST),
+        Fit(lambda _: _tier_rows(tiers, 0, numbers), 0, 0),
+        Fit(lambda _: _tier_rows(tiers, 0, numbers[:-1]), 0, 0),
+    )
+
+
+def _tier_rows(
+    tiers: Sequence[common_pb2.TierUsage], bar_cells: int, numbers: Sequence[str]
+) -> Table:
+    used = ["used"] if bar_cells else []
+    rows = table("\nTiers", "tier", ">capacity", *used, *(f">{n}" for n in numbers), ">blocks")
     for usage in tiers:
         parts = [
             (usage.live_bytes, "green"),
             (usage.pending_bytes, "yellow"),
             (usage.quarantined_bytes, "red"),
         ]
+        # Of HBM the master knows the blocks alone: an engine owns its pages.
+        known = bool(usage.capacity_bytes)
         rows.add_row(
             tier_text(usage.tier),
-            size(usage.capacity_bytes),
-            bar(parts, usage.capacity_bytes),
-            *(size(_bytes(usage, name)) for name in numbers),
+            size(usage.capacity_bytes) if known else "–",
+            *([bar(parts, usage.capacity_bytes, bar_cells) if known else ""] if used else []),
+            *(size(_bytes(usage, name)) if known else "–" for name in numbers),
             f"{usage.blocks:,}",
         )
-    out.print(rows)
+    return rows
 
 
 def _bytes(usage: common_pb2.TierUsage, name: str) -> int:
@@ -121,17 +145,29 @@ def _bytes(usage: common_pb2.TierUsage, name: str) -> int:
 
 
 def _print_namespaces(out: Console, namespaces: list[admin_pb2.NamespaceInfo]) -> None:
+    models = widest_of(info.spec.model for info in namespaces)
+    least = min(models, MODEL_CELLS_LEAST)
+    print_fitting(
+        out,
+        Fit(lambda cells: _namespace_rows(namespaces, cells, kv=True), models, least),
+        Fit(lambda cells: _namespace_rows(namespaces, cells, kv=False), models),
+    )
+
+
+def _namespace_rows(
+    namespaces: Sequence[admin_pb2.NamespaceInfo], model_cells: int, *, kv: bool
+) -> Table:
     tenants = any(info.tenant != DEFAULT_TENANT for info in namespaces)
     tenant = ["tenant"] if tenants else []
-    rows = table("\nNamespaces", "root", "model", *tenant, "KV", ">a block", ">blocks")
-    rows.columns[1].no_wrap = False
+    kinds = ["KV"] if kv else []
+    rows = table("\nNamespaces", "root", "model", *tenant, *kinds, ">a block", ">blocks")
     for info in namespaces:
         rows.add_row(
             short(info.root),
-            info.spec.model,
+            cut(info.spec.model, model_cells),
             *([info.tenant] if tenants else []),
-            f"{info.spec.attention} {info.spec.kv_dtype}",
+            *([f"{info.spec.attention} {info.spec.kv_dtype}"] if kv else []),
             f"{info.spec.block_tokens} tokens, {size(info.spec.block_bytes)}",
             f"{info.blocks:,}",
         )
-    out.print(rows)
+    return rows

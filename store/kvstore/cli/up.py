@@ -14,7 +14,7 @@ import typer
 from kvstore.cli.children import EXIT_USAGE, Child, ChildEndedError
 from kvstore.cli.options import DEFAULT_MASTER, size_option
 from kvstore.cli.output import console, print_json
-from kvstore.daemon import stop_event
+from kvstore.daemon import check_address, stop_event
 from kvstore.errors import ConfigError
 from kvstore.node.settings import NodeConfig
 
@@ -61,9 +61,17 @@ def up(
     master_metrics_listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Prometheus of the master; empty: none.")
     ] = "127.0.0.1:9402",
+    ssd_dir: Annotated[
+        str,
+        typer.Option(metavar="DIR", help="Directory of the SSD tier [DATA_DIR/node/ssd]."),
+    ] = "",
     pool_dir: Annotated[
         str, typer.Option(metavar="DIR", help="File system in memory for the DRAM tier.")
     ] = "/dev/shm",
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Allow addresses that others on the network reach."),
+    ] = False,
     log_level: Annotated[
         str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")
     ] = "warning",
@@ -80,11 +88,21 @@ def up(
       [cyan]kvstore up --data-dir /tmp/kvstore --ssd 0 --metrics-listen ""[/cyan]
     """
     data_dir = _made(data_dir)
-    shared = ["--log-level", log_level]
+    listen = listen or f"unix:{data_dir}/node.sock"
+    _check_addresses(
+        {
+            "--master-listen": master_listen,
+            "--listen": listen,
+            "--metrics-listen": metrics_listen,
+            "--master-metrics-listen": master_metrics_listen,
+        },
+        insecure=insecure,
+    )
+    shared = ["--log-level", log_level, "--insecure", str(insecure)]
     master = ["--data-dir", str(data_dir / "master"), "--listen", master_listen, *shared]
     master += ["--metrics-listen", master_metrics_listen]
     node = ["--data-dir", str(data_dir / "node"), *shared]
-    node += ["--listen", listen or f"unix:{data_dir}/node.sock"]
+    node += ["--listen", listen, "--ssd-dir", ssd_dir]
     node += ["--dram", dram, "--ssd", ssd, "--pool-dir", pool_dir]
     node += ["--metrics-listen", metrics_listen, "--scrub-mb-s", str(scrub_mb_s)]
     node += ["--ssd-admission", ssd_admission]
@@ -102,6 +120,13 @@ def _made(data_dir: Path) -> Path:
     return data_dir
 
 
+def _check_addresses(by_flag: dict[str, str], *, insecure: bool) -> None:
+    """ConfigError with this command's flag; a daemon would name its own."""
+    for flag, address in by_flag.items():
+        if address:
+            check_address(address, flag, insecure=insecure)
+
+
 def _show_started(
     tiers: dict[str, str], data_dir: Path, as_json: bool, endpoints: dict[str, str]
 ) -> None:
@@ -113,7 +138,8 @@ def _show_started(
 
 async def _run(master: list[str], node: list[str], show: Callable[[dict[str, str]], None]) -> None:
     """Starts the master, then the node on it; ends both, the node first."""
-    stopping = asyncio.ensure_future(stop_event().wait())
+    stop = stop_event()
+    stopping = asyncio.ensure_future(stop.wait())
     async with contextlib.AsyncExitStack() as stack:
         children, endpoints = [], {}
         for name, module, arguments in (
@@ -127,7 +153,7 @@ async def _run(master: list[str], node: list[str], show: Callable[[dict[str, str
             await asyncio.wait((ready, stopping), return_when=asyncio.FIRST_COMPLETED)
             if stopping.done():
                 ready.cancel()
-                return
+                raise typer.Exit(128 + stop.signum)
             endpoints[name] = await _started(ready)
             if name == "master":
                 node += ["--master", endpoints[name]]
@@ -150,7 +176,7 @@ async def _watch(children: list[Child], stopping: "asyncio.Task[Literal[True]]")
     ends = [asyncio.ensure_future(child.ended()) for child in children]
     waiting: list[asyncio.Task[Any]] = [*ends, stopping]
     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    # Ctrl-C reaches the children as well; one of them may be quicker than this process.
+    # A signal to the whole process group may have ended a child sooner than it came here.
     await asyncio.wait((stopping,), timeout=SIGNAL_SPREAD_S)
     for end in ends:
         if end.done() and not stopping.done():

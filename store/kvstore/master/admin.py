@@ -17,7 +17,6 @@ from kvstore.errors import (
     InvalidArgumentError,
     KVStoreError,
     NotFoundError,
-    PreconditionError,
     UnavailableError,
 )
 from kvstore.master.cluster import Cluster
@@ -53,7 +52,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             index_bytes=cluster.locations.memory_bytes(),
             nodes_ready=len(ready),
             nodes_lost=len(cluster.members.in_state(NodeState.LOST)),
-            tiers=_sum_tiers(ready),
+            tiers=_sum_tiers(ready, self._hbm_blocks()),
             namespaces=len(cluster.namespaces),
             leader=True,
             problems=[
@@ -244,6 +243,11 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         answer.nodes += 1
         self._cluster.metrics.directives.labels("done").inc()
 
+    def _hbm_blocks(self) -> int:
+        """Blocks in the pages of engines, whose space no node accounts for."""
+        counts = self._cluster.locations.counts()
+        return sum(blocks for place, blocks in counts.items() if place.tier is Tier.HBM)
+
     def _note_error(self, node: Node, error: str, answer: admin_pb2.RemovalResponse) -> None:
         answer.errors.append(f"{node.known.node_id}: {error}")
         self._cluster.metrics.directives.labels("failed").inc()
@@ -264,13 +268,22 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         return report
 
     def _only_namespace(self) -> master_pb2.NamespaceReport:
-        if len(self._cluster.namespaces) == 1:
-            return next(iter(self._cluster.namespaces.values()))
-        if not self._cluster.namespaces:
+        known = self._cluster.namespaces
+        if not known:
             raise NotFoundError("there is no namespace yet: no client has opened one")
-        known = sorted(self._cluster.namespaces.items())
-        listed = ", ".join(f"{root.hex()[:12]} ({report.spec.model})" for root, report in known)
-        raise PreconditionError(f"there are several namespaces, name one of them: {listed}")
+        if len(known) > 1:  # those without blocks are left over, and cannot be meant
+            filled = self._cluster.locations.namespace_keys()
+            known = {root: report for root, report in known.items() if filled.get(root)}
+        if not known:
+            raise NotFoundError("nothing is cached: no namespace has a block")
+        if len(known) == 1:
+            return next(iter(known.values()))
+        listed = ", ".join(
+            f"{root.hex()[:12]} ({report.spec.model})" for root, report in sorted(known.items())
+        )
+        raise InvalidArgumentError(
+            f"there are several namespaces, name one of them with --namespace: {listed}"
+        )
 
 
 def _wanted(request: admin_pb2.ListBlocksRequest) -> Callable[[Place], bool]:
@@ -284,10 +297,12 @@ def _wanted(request: admin_pb2.ListBlocksRequest) -> Callable[[Place], bool]:
     return wanted
 
 
-def _sum_tiers(nodes: list[Node]) -> list[common_pb2.TierUsage]:
-    """Usage of each tier over all nodes, in the order of the tiers."""
+def _sum_tiers(nodes: list[Node], hbm_blocks: int) -> list[common_pb2.TierUsage]:
+    """Usage of each tier over all nodes, in the order of the tiers; of HBM only its blocks."""
     names = [f.name for f in common_pb2.TierUsage.DESCRIPTOR.fields if f.name != "tier"]
     sums: dict[int, Counter[str]] = {}
+    if hbm_blocks:
+        sums[Tier.HBM] = Counter(blocks=hbm_blocks)
     for usage in (usage for node in nodes for usage in node.tiers):
         sums.setdefault(usage.tier, Counter()).update({n: getattr(usage, n) for n in names})
     return [
