@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -20,13 +21,35 @@ BENCHMARKS = {
 }
 
 
+def _rounds(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; take 1 or more")
+    return int(text)
+
+
+def _default_rounds() -> str:
+    """Of every benchmark, read from its source: importing them all takes seconds."""
+    found = []
+    for name in BENCHMARKS:
+        source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+        if match := re.search(r"^ROUNDS = (\d+)", source, re.MULTILINE):
+            found.append(f"{name} {match[1]}")
+    return ", ".join(found)
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     names = "; ".join(f"{name}: {text}" for name, text in BENCHMARKS.items())
     parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help=names)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
-    parser.add_argument("--rounds", type=int, metavar="N", help="interleaved rounds a row")
+    parser.add_argument(
+        "--rounds",
+        type=_rounds,
+        metavar="N",
+        help="interleaved rounds a row, 1 or more; without it the benchmark's own: "
+        f"{_default_rounds()}",
+    )
     arguments = parser.parse_args()
     module = importlib.import_module(f"benchmarks.{arguments.name}")
     try:

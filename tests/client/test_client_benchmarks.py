@@ -87,3 +87,25 @@ def test_memory_of_the_index_is_bounded() -> None:
     argv = [sys.executable, "-m", "benchmarks.master_memory", "50000"]
     done = subprocess.run(argv, check=True, capture_output=True, text=True, cwd=ROOT)
     assert 32 < float(done.stdout) < 400
+
+
+@pytest.mark.parametrize("rounds", ["0", "-1", "x"])
+def test_a_number_of_rounds_that_is_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rounds: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "local", "--rounds", rounds])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    assert "take 1 or more" in capsys.readouterr().err
+
+
+def test_help_names_the_rounds_of_every_benchmark(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--help"])
+    with pytest.raises(SystemExit):
+        command.main()
+    out = " ".join(capsys.readouterr().out.split())
+    rounds = out.partition("the benchmark's own: ")[2]
+    assert all(f"{name} " in rounds for name in command.BENCHMARKS)
