@@ -88,7 +88,7 @@ class Engine:
         self._check(message)
         request = Request(
             request_id=message.request_id,
-            tokens=list(message.prompt_tokens),
+            tokens=message.prompt_tokens,
             params=message.params,
             arrival=self._arrivals,
             page_tokens=self.config.page_tokens,
@@ -228,7 +228,7 @@ class Engine:
             self.transfers.explain(request)
             cache = request.cache
             self.counters.count_prefix(request.num_prompt, cache)
-        request.tokens.append(token)
+        request.append(token)
         self.counters.generated_tokens += 1
         reason = self._finish_reason(request, token)
         if reason is not None:

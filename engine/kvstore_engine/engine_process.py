@@ -133,17 +133,21 @@ class EngineLoop:
 
     def _take(self, message: ToEngine) -> None:
         if isinstance(message, AddRequest):
-            try:
-                self._engine.add_request(message)
-            except KVStoreError as error:
-                name = message.request_id
-                self._channel.send(RequestOutput(name, [], finish_reason="error", error=str(error)))
+            for choice in message.choices():
+                self._add(choice)
         elif isinstance(message, AbortRequest):
             self._engine.abort(message.request_id)
         elif isinstance(message, ResetCache):
             self._engine.reset_cache()
         else:
             self.stop()
+
+    def _add(self, request: AddRequest) -> None:
+        try:
+            self._engine.add_request(request)
+        except KVStoreError as error:
+            name = request.request_id
+            self._channel.send(RequestOutput(name, [], finish_reason="error", error=str(error)))
 
     def _report(self) -> None:
         now = time.monotonic()

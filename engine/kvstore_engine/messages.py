@@ -1,5 +1,6 @@
 """What the server process and the engine process say to each other: msgpack over ZeroMQ."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -21,13 +22,26 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int | None = None  # top alternatives a token; None: none at all
 
 
-class AddRequest(msgspec.Struct, tag="add"):
+class AddRequest(msgspec.Struct, tag="add", omit_defaults=True):
     """A prompt to complete; validated by the server."""
 
     request_id: str
     prompt_tokens: list[int]
     params: SamplingParams
     cache_salt: str | None = None
+    others: list[tuple[str, int | None]] = []  # more choices of the same prompt: id and seed
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Ids of all choices."""
+        return [self.request_id, *(request_id for request_id, _ in self.others)]
+
+    def choices(self) -> Iterator["AddRequest"]:
+        """A request for each choice. They share one list of tokens."""
+        yield self
+        for request_id, seed in self.others:
+            params = msgspec.structs.replace(self.params, seed=seed)
+            yield AddRequest(request_id, self.prompt_tokens, params, self.cache_salt)
 
 
 class AbortRequest(msgspec.Struct, tag="abort"):

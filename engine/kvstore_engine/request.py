@@ -22,6 +22,7 @@ class RequestState(Enum):
 class Request:
     """A prompt and what was generated behind it.
 
+    ``tokens`` may be the list of several choices of one prompt, until the first is generated.
     The KV of ``tokens[:num_computed]`` is in ``pages``; ``num_cached`` leading blocks of them are
     in the prefix cache. ``keys`` holds the key of each full block as far as it was needed; a
     block is hashed once.
@@ -57,6 +58,13 @@ class Request:
     def num_output(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - self.num_prompt
+
+    def append(self, token: int) -> None:
+        """Adds a generated token, to a list of this request's own."""
+        if self.num_output:
+            self.tokens.append(token)
+        else:
+            self.tokens = [*self.tokens, token]
 
     @property
     def num_uncomputed(self) -> int:

@@ -5,10 +5,11 @@ import time
 import pytest
 from kvstore.errors import InvalidArgumentError, KVStoreError, ResourceExhaustedError
 from kvstore_engine.loader import load_model
+from kvstore_engine.messages import AddRequest, SamplingParams
 
 from tests.engine.fake_connector import FakeConnector
 from tests.engine.fake_model import EOS, greedy
-from tests.engine.rig import ROOT, Rig
+from tests.engine.rig import ROOT, Answer, Rig
 
 
 @pytest.mark.parametrize(
@@ -167,3 +168,21 @@ def test_the_warm_up_stays_within_a_context_shorter_than_a_batch() -> None:
     rig.add("a", [1, 2, 3], max_tokens=1)
     rig.run()
     assert len(rig.answers["a"].tokens) == 1
+
+
+def test_choices_share_their_prompt_until_they_have_tokens_of_their_own() -> None:
+    rig = Rig(max_running=1)
+    message = AddRequest(
+        "a", [1, 2, 3], SamplingParams(temperature=0, max_tokens=4), others=[("b", 7), ("c", None)]
+    )
+    for choice in message.choices():
+        rig.engine.add_request(choice)
+        rig.answers[choice.request_id] = Answer()
+    rig.step()
+    a, b, c = (rig.engine._requests[name] for name in "abc")
+    assert len(a.tokens) == 4
+    assert b.tokens is c.tokens is message.prompt_tokens
+    assert (b.params.seed, c.params.seed) == (7, None)
+    rig.run()
+    assert [len(answer.tokens) for answer in rig.answers.values()] == [4, 4, 4]
+    assert message.prompt_tokens == [1, 2, 3]

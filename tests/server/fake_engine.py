@@ -47,7 +47,9 @@ class FakeEngine:
     send: zmq.Socket[bytes]
     running: dict[str, Running] = field(default_factory=dict)
     counters: dict[str, float] = field(
-        default_factory=lambda: {"aborted_requests": 0, "cache_resets": 0, "added_requests": 0}
+        default_factory=lambda: dict.fromkeys(
+            ("aborted_requests", "cache_resets", "added_requests", "added_prompts"), 0
+        )
     )
     seeds: dict[str, float] = field(default_factory=dict)
 
@@ -59,11 +61,13 @@ class FakeEngine:
         """Takes a message in, and tells the new counts."""
         match message:
             case AddRequest():
-                self.counters["added_requests"] += 1
-                self.seeds[str(message.params.seed)] = 1
                 if message.cache_salt == "die":
                     os.kill(os.getpid(), signal.SIGKILL)
-                self.running[message.request_id] = Running(message)
+                self.counters["added_prompts"] += 1
+                for choice in message.choices():
+                    self.counters["added_requests"] += 1
+                    self.seeds[str(choice.params.seed)] = 1
+                    self.running[choice.request_id] = Running(choice)
             case AbortRequest():
                 if self.running.pop(message.request_id, None):
                     self.counters["aborted_requests"] += 1

@@ -100,6 +100,7 @@ async def complete(service: Service, request: Request) -> Response:
     arrival_s = time.monotonic()
     body = await read_body(request, CompletionBody)
     ready = service.ready(body.model)
+    service.check_choices(len(body.prompt), body.n)
     prompts = [await _tokens(service, prompt, body) for prompt in body.prompt]
     job = Job(
         prompts=prompts,

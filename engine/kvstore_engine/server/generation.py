@@ -6,7 +6,6 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-import msgspec
 from kvstore.errors import UnavailableError
 
 from kvstore_engine.messages import (
@@ -150,28 +149,32 @@ class Generation:
             raise ApiError(429, f"{open_max} completions may be open at once; try again later")
         base = uuid.uuid4().hex
         try:
-            for index in range(self.choices):
-                self._add(index, f"{base}-{index}")
+            for prompt in range(len(self.job.prompts)):
+                self._add(prompt, base)
         except UnavailableError as error:
             self.close()
             raise ApiError(503, str(error)) from None
         self.usage.prompt_tokens = sum(map(len, self.job.prompts))
 
-    def _add(self, index: int, request_id: str) -> None:
-        prompt, choice = divmod(index, self.job.n)
-        params = self.job.params[prompt]
-        if params.seed is not None and choice:
-            params = msgspec.structs.replace(params, seed=(params.seed + choice) % SEEDS)
-        request = AddRequest(request_id, self.job.prompts[prompt], params, self.job.cache_salt)
+    def _add(self, prompt: int, base: str) -> None:
+        """Adds one prompt, which goes to the engine once, with all of its choices."""
+        params, first = self.job.params[prompt], prompt * self.job.n
+        others: list[tuple[str, int | None]] = [
+            (f"{base}-{first + i}", None if params.seed is None else (params.seed + i) % SEEDS)
+            for i in range(1, self.job.n)
+        ]
+        tokens, salt = self.job.prompts[prompt], self.job.cache_salt
+        request = AddRequest(f"{base}-{first}", tokens, params, salt, others)
         self.engine.add(request, self._queue.put_nowait)
-        self._open[request_id] = _Sequence(
-            index,
-            prompt,
-            request_id,
-            DetokenizeStream(self.tokenizer),
-            StopStrings(self.job.stop, include=self.job.include_stop),
-            params.min_tokens,
-        )
+        for index, request_id in enumerate(request.request_ids, first):
+            self._open[request_id] = _Sequence(
+                index,
+                prompt,
+                request_id,
+                DetokenizeStream(self.tokenizer),
+                StopStrings(self.job.stop, include=self.job.include_stop),
+                params.min_tokens,
+            )
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """What comes, as it comes, until every choice has ended; ApiError if the engine fails."""

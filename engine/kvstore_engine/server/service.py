@@ -9,10 +9,11 @@ from kvstore_engine.messages import EngineReady, SamplingParams
 from kvstore_engine.server.engine_client import EngineClient
 from kvstore_engine.server.errors import ApiError, bad_request
 from kvstore_engine.server.metrics import Metrics
-from kvstore_engine.server.protocol import SamplingBody
+from kvstore_engine.server.protocol import CHOICES_MAX, SamplingBody
 from kvstore_engine.tokenizer import Tokenizer
 
 CHARS_SLACK = 4  # normalisers shorten a text before it is cut into tokens
+ROOM_SHARES = 4  # no request may take more than one of so many shares of open_max
 INLINE_CHARS_MAX = 4096  # longer text is tokenised in a thread, beside the event loop
 
 
@@ -61,6 +62,16 @@ class Service:
         return await asyncio.to_thread(
             self.tokenizer.encode, text, add_special_tokens=add_special_tokens
         )
+
+    def check_choices(self, prompts: int, choices: int) -> None:
+        """ApiError for more completions than one request may ask for: a quarter of all room."""
+        allowed = max(self.open_max // ROOM_SHARES, CHOICES_MAX)
+        if prompts * choices > allowed:
+            raise bad_request(
+                f"{prompts} prompts with {choices} choices each are {prompts * choices} "
+                f"completions; take at most {allowed} in one request",
+                param="n",
+            )
 
     def check_tokens(self, tokens: Sequence[int], param: str = "prompt") -> None:
         """ApiError for ids that the tokenizer or the model does not know."""
