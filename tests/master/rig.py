@@ -177,3 +177,4 @@ async def start_master(data_dir: Path, **options: Any) -> AsyncIterator[Master]:
         finally:
             watchdog.cancel()
             await server.stop(0)
+            await cluster.written()

@@ -197,6 +197,29 @@ async def test_a_drop_that_cannot_be_durable_is_none(
     assert len(names(master)) == LIMIT
 
 
+@pytest.mark.parametrize("before", ["ab", "abc"])
+async def test_I7_a_stream_that_breaks_during_a_write_leaves_medium_and_memory_alike(
+    before: str, master: Master, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = master.cluster
+    for name in before:
+        await cluster.add_namespace(report(name))
+    node, leaving = await master.node("node-a"), await master.node("node-b")
+    slow = SlowState(cluster._state, monkeypatch)  # type: ignore[arg-type]
+    await leaving.namespace(spec("late"))
+    await until(lambda: bool(slow.begun))
+    leaving.drop()
+    await until(lambda: len(cluster.members.connected()) == 1)
+    slow.may_end.release(10)
+    await cluster.written()
+    assert names(master) == {*before, "late"} - ({"a"} if before == "abc" else set())
+    for i in range(4):
+        await node.namespace(spec(i))
+        await settled(node, master)
+        assert str(i) in names(master)
+        await drop(node, i)
+
+
 def test_I7_places_of_dropped_namespaces_are_forgotten() -> None:
     locations = Locations()
     kept = locations.place("a", Tier.DRAM, b"k" * 32)

@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
+from typing import Any
 
 from kvstore_proto import master_pb2
 
@@ -33,6 +35,7 @@ class Cluster:
         self.namespaces = {report.root: report for report in state.namespaces()}
         self._state = state
         self._writing = asyncio.Lock()
+        self._writes: set[asyncio.Task[None]] = set()
 
     @property
     def epoch(self) -> int:
@@ -41,7 +44,7 @@ class Cluster:
 
     async def join(self, hello: master_pb2.NodeHello, link: NodeLink) -> Node:
         """Lets a node in and welcomes it. It starts with no blocks in the index."""
-        await self._outgrow(hello.cluster_epoch)
+        await self._whole(self._outgrow(hello.cluster_epoch))
         await self._remember(hello)
         # From here to the caller's ``finally`` nothing waits, so that no link is left behind.
         node = self.index.join(hello, link, time.monotonic())
@@ -53,6 +56,9 @@ class Cluster:
 
         NotFoundError if it is not known, PreconditionError while it is connected.
         """
+        await self._whole(self._forget_node(node_id))
+
+    async def _forget_node(self, node_id: str) -> None:
         async with self._writing:
             node = self.members.forget(node_id)
             try:
@@ -69,12 +75,28 @@ class Cluster:
         that have no blocks; ResourceExhaustedError if there is none, or if it cannot be durable.
         """
         root = report.root
-        if self.namespaces.get(root) != report:
-            async with self._writing:
-                await self._put_namespace(report)
+        while self.namespaces.get(root) != report:
+            await self._whole(self._put_namespace(report))
         self.namespaces[root] = self.namespaces.pop(root)
 
+    async def written(self) -> None:
+        """Returns when no write is under way; to be awaited before the state is closed."""
+        while self._writes:
+            await asyncio.wait(self._writes)
+
+    async def _whole(self, write: Coroutine[Any, Any, None]) -> None:
+        """Carries out a write, and what follows from it in memory, though the caller may go."""
+        task = asyncio.create_task(write)
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
+        await asyncio.shield(task)
+
     async def _put_namespace(self, report: master_pb2.NamespaceReport) -> None:
+        async with self._writing:
+            if self.namespaces.get(report.root) != report:
+                await self._write_namespace(report)
+
+    async def _write_namespace(self, report: master_pb2.NamespaceReport) -> None:
         dropped = None
         if report.root not in self.namespaces and len(self.namespaces) >= NAMESPACES_MAX:
             # Before anything waits: a node that reports this one meanwhile has it put again.
@@ -118,10 +140,13 @@ class Cluster:
         if before is not None and before.known == known:
             return
         try:
-            async with self._writing:
-                await asyncio.to_thread(self._state.put_node, known)
+            await self._whole(self._put_node(known))
         except ResourceExhaustedError as error:
             log.warning("node %s will not be remembered: %s", hello.node_id, error)
+
+    async def _put_node(self, known: KnownNode) -> None:
+        async with self._writing:
+            await asyncio.to_thread(self._state.put_node, known)
 
     async def _outgrow(self, epoch: int) -> None:
         """Moves on to an epoch newer than one that a node has seen from another master."""
@@ -129,8 +154,8 @@ class Cluster:
             if not self.index.must_outgrow(epoch):
                 return
             newer = await asyncio.to_thread(self._state.raise_epoch, epoch)
-        log.warning("a node had seen epoch %d; this is epoch %d now", epoch, newer)
-        self.index.outgrew(newer)
+            log.warning("a node had seen epoch %d; this is epoch %d now", epoch, newer)
+            self.index.outgrew(newer)
 
 
 def _first_epoch(config: MasterConfig, state: MasterState) -> int:

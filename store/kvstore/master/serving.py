@@ -40,6 +40,7 @@ async def serve(config: MasterConfig) -> None:
             admin_pb2_grpc.add_AdminServicer_to_server(AdminService(cluster), server)
 
         async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(cluster.written)  # after the server has stopped
             server = await start_grpc_server(
                 config.listen, register, SERVICE_NAMES, insecure=config.insecure
             )
