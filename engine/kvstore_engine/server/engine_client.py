@@ -121,10 +121,10 @@ class EngineClient:
         return await asyncio.shield(self._started)
 
     def add(self, request: AddRequest, sink: Sink) -> None:
-        """Hands a validated request to the engine; its outputs go to ``sink``."""
+        """Hands a validated request to the engine; the outputs of all choices go to ``sink``."""
         if self.state != "ready":
             raise UnavailableError(self.death or "the model is still being loaded")
-        self._sinks[request.request_id] = sink
+        self._sinks |= dict.fromkeys(request.request_ids, sink)
         self.idle.clear()
         self._outgoing.put_nowait(request)
 
@@ -187,8 +187,8 @@ class EngineClient:
             log.exception("a message to the engine cannot be encoded")
             if isinstance(message, AddRequest):
                 reason = f"the engine cannot be given this request: {error}"
-                name = message.request_id
-                self._on_output(RequestOutput(name, [], finish_reason="error", error=reason))
+                for name in message.request_ids:
+                    self._on_output(RequestOutput(name, [], finish_reason="error", error=reason))
             return False
         return True
 
