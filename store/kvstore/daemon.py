@@ -20,10 +20,11 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 from kvstore.config import ConfigT, parse_command_line
 from kvstore.errors import ConfigError, InvalidArgumentError, KVStoreError
+from kvstore.http_metrics import MetricsHttpServer
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
 UNIX_PATH_BYTES_MAX = 107
-MESSAGE_BYTES_MAX = 64 << 20
+MESSAGE_BYTES_MAX = 64 << 20  # that a daemon sends, or takes from who it connected to
+REQUEST_BYTES_MAX = 8 << 20  # that it takes from whoever connects
 _STATUS_BY_CODE = {int(status.value[0]): status for status in grpc.StatusCode}
 
 
@@ -320,9 +322,11 @@ async def start_grpc_server(
     *,
     insecure: bool = False,
     streams_max: int = 4096,
+    request_bytes_max: int = REQUEST_BYTES_MAX,
 ) -> GrpcServer:
     """Serves what ``register`` adds on ``address`` (``unix:PATH`` or ``HOST:PORT``).
 
+    A larger message than ``request_bytes_max`` ends its call with RESOURCE_EXHAUSTED.
     Raises ConfigError where the address is in use or is open to the network without ``insecure``.
     """
     check_loopback(address, insecure=insecure)
@@ -330,7 +334,7 @@ async def start_grpc_server(
         interceptors=[ErrorInterceptor()],
         options=[
             ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+            ("grpc.max_receive_message_length", request_bytes_max),
             ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
             ("grpc.max_concurrent_streams", streams_max),
         ],
