@@ -1,8 +1,11 @@
 """No two nodes share an SSD directory, whatever paths lead to it."""
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kvstore.errors import ConfigError
@@ -117,3 +120,74 @@ def test_a_lock_is_one_whatever_link_leads_to_it(tmp_path: Path) -> None:
             DirectoryLock(way(tmp_path / "real", tmp_path), patience_s=0.0)
     lock.release()
     DirectoryLock(tmp_path / "link").release()
+
+
+only_root = pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_lock_that_is_a_link_is_refused(tmp_path: Path, exists: bool) -> None:
+    target = tmp_path / "target"
+    if exists:
+        target.touch()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "lock").symlink_to(target)
+    with pytest.raises(ConfigError, match=r"a/lock is a symbolic link; remove it"):
+        DirectoryLock(tmp_path / "a", patience_s=0.0)
+    assert target.exists() == exists
+
+
+@only_root
+def test_root_gives_away_no_file_but_the_lock_that_it_made(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.touch()
+    for name, plant in (("link", os.symlink), ("name", os.link), ("none", None)):
+        folder = tmp_path / name
+        folder.mkdir()
+        os.chown(folder, 12345, 12346)
+        if plant is not None:
+            plant(secret, folder / "lock")
+        try:
+            DirectoryLock(folder, patience_s=0.0).release()
+        except ConfigError:
+            assert name == "link"
+        assert (secret.stat().st_uid, secret.stat().st_gid) == (0, 0)
+    made = (tmp_path / "none" / "lock").stat()
+    assert (made.st_uid, made.st_gid) == (12345, 12346)
+
+
+@only_root
+def test_a_lock_that_cannot_be_given_away_is_held_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:  # as in a user namespace that has no such user
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    DirectoryLock(tmp_path).release()
+
+
+@only_root
+def test_an_owner_may_remove_the_directory_while_its_lock_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a"
+    opened: list[int] = []
+    real = os.open
+
+    def open_and_remove(*arguments: Any, **options: Any) -> int:
+        descriptor = real(*arguments, **options)
+        if not opened:
+            (folder / "lock").unlink()
+            folder.rmdir()
+        opened.append(descriptor)
+        return descriptor
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", open_and_remove)
+        lock = DirectoryLock(folder)
+    lock.release()
+    assert len(opened) > 1
+    for descriptor in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)

@@ -119,6 +119,28 @@ def test_pools_of_dead_nodes_are_removed_and_of_living_ones_not(tmp_path: Path) 
     lock.release()
 
 
+def test_pools_in_links_are_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "pool-1").touch()
+    prefix = f"kvstore-{os.getuid()}-"
+    (tmp_path / f"{prefix}link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / f"{prefix}dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / f"{prefix}file").touch()
+    assert remove_dead_siblings(tmp_path / f"{prefix}mine") == 0
+    assert os.listdir(tmp_path / "elsewhere") == ["pool-1"]
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
+def test_pools_of_another_user_under_this_users_prefix_are_left_alone(tmp_path: Path) -> None:
+    planted = tmp_path / "kvstore-0-planted"
+    planted.mkdir()
+    (planted / "pool-1").touch()
+    os.chown(planted, 12345, 12346)
+    assert remove_dead_siblings(tmp_path / "kvstore-0-mine") == 0
+    assert os.listdir(planted) == ["pool-1"]
+
+
 def test_lock_waits_for_an_owner_that_is_about_to_end(tmp_path: Path) -> None:
     lock = DirectoryLock(tmp_path / "a")
     timer = threading.Timer(0.1, lock.release, kwargs={"remove": True})

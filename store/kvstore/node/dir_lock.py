@@ -1,6 +1,7 @@
 """One owner for a directory: an flock on a file in it, gone with the process that holds it."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
@@ -51,13 +52,9 @@ class DirectoryLock:
             return None  # it was there, and has just been removed
         path = self.folder / LOCK_NAME
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            descriptor = _opened(path)
         except FileNotFoundError:
             return None  # an owner that ended has just removed the directory
-        if os.geteuid() == 0:  # the user whose directory it is has to be able to open it
-            owner = self.folder.stat()
-            with contextlib.suppress(PermissionError):
-                os.fchown(descriptor, owner.st_uid, owner.st_gid)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The same owner may have removed the file between open and flock: a lock on a file
@@ -79,3 +76,33 @@ class DirectoryLock:
                     self.folder.rmdir()
         finally:
             os.close(self._descriptor)
+
+
+def _opened(path: Path) -> int:
+    """Opens the lock file, or makes one that is the directory's owner's; no link is followed.
+
+    The directory may be one of a user who plants links, and this process root's.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return _opened_again(path, flags)
+    if os.geteuid() == 0:
+        try:
+            owner = path.parent.stat()
+            with contextlib.suppress(OSError):  # where it cannot be given, root has it all the same
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        except OSError:
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+def _opened_again(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ConfigError(f"lock file {path} is a symbolic link; remove it") from None
+        raise

@@ -5,6 +5,7 @@ import ctypes
 import errno
 import mmap
 import os
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -41,7 +42,7 @@ def remove_dead_siblings(folder: Path) -> int:
     """
     removed = 0
     for sibling in folder.parent.glob(f"kvstore-{os.getuid()}-*"):
-        if sibling == folder:
+        if sibling == folder or not _is_own_directory(sibling):
             continue
         try:
             lock = DirectoryLock(sibling, patience_s=0.0)
@@ -54,6 +55,15 @@ def remove_dead_siblings(folder: Path) -> int:
             finally:
                 lock.release(remove=True)
     return removed
+
+
+def _is_own_directory(path: Path) -> bool:
+    """Whether it is one, no link, of this user: in shared memory anybody may take any name."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 class SharedFile:
