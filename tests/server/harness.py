@@ -61,6 +61,7 @@ class Server:
     service: Service
     client: httpx.AsyncClient
     stop: asyncio.Event
+    hurry: asyncio.Event
     running: "asyncio.Task[None]"
 
     @property
@@ -109,11 +110,11 @@ async def server(manner: str = "", *, wait: bool = True) -> AsyncIterator[Server
         metrics = Metrics(lambda: engine.stats)
         service = Service(engine, load_tokenizer(MODEL), metrics, names=("alias",))
         listener = listen(config.host, config.port)
-        stop = asyncio.Event()
-        running = asyncio.create_task(run_http(service, listener, config, stop))
+        stop, hurry = asyncio.Event(), asyncio.Event()
+        running = asyncio.create_task(run_http(service, listener, config, stop, hurry))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as client:
-            yield Server(service, client, stop, running)
+            yield Server(service, client, stop, hurry, running)
         stop.set()
         await asyncio.gather(running, return_exceptions=True)
         listener.close()

@@ -121,6 +121,22 @@ async def test_stop_ends_requests_that_take_too_long(monkeypatch: pytest.MonkeyP
         await asyncio.wait_for(api.running, 10)
 
 
+async def test_a_second_signal_ends_open_requests_at_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(serving, "DRAIN_S", 1000.0)
+    caplog.set_level("INFO")
+    async with server() as api:
+        stream = asyncio.create_task(api.events("/v1/completions", **HANG))
+        await until(lambda: api.engine.open_requests == 1)
+        api.stop.set()
+        await until(lambda: "waiting up to 1000 s for 1 open requests" in caplog.text)
+        assert not stream.done()
+        api.hurry.set()
+        assert (await stream)[-1]["error"]["message"] == "the server is shutting down"
+        await asyncio.wait_for(api.running, 10)
+
+
 async def test_metrics_hold_what_usage_says() -> None:
     async with server() as api:
         await api.post("/v1/completions", prompt="abc", max_tokens=5)

@@ -172,6 +172,44 @@ def test_serves_and_stops_on_sigterm(start: Callable[..., Command]) -> None:
     wait_gone(engine)
 
 
+def test_a_second_ctrl_c_ends_it_at_once(start: Callable[..., Command]) -> None:
+    command = start("--model", "tiny-random")
+    url = command.wait_ready()
+    engine = command.engine_pid()
+    body = {"prompt": "hello", "max_tokens": 8000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as response:
+        answer = response.iter_lines()  # held: without it the client would leave
+        assert next(answer).startswith("data: ")
+        command.process.send_signal(signal.SIGINT)
+        assert command.process.stderr is not None
+        lines = [command.process.stderr.readline()]
+        while lines[-1] and "a second signal ends them at once" not in lines[-1]:
+            lines.append(command.process.stderr.readline())
+        assert lines[-1], lines
+        code, err = command.end(signal.SIGINT)
+    assert "told to stop again" in err
+    assert "Traceback" not in err
+    assert code == 0
+    wait_gone(engine)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ('{"architectures": ["GPT2LMHeadModel"]}', "['GPT2LMHeadModel'] are not supported"),
+        ("{", "config.json cannot be read"),
+    ],
+    ids=["gpt2", "json"],
+)
+def test_a_directory_of_no_use_is_refused_for_its_real_fault(
+    config: str, words: str, tmp_path: Path, start: Callable[..., Command]
+) -> None:
+    (tmp_path / "config.json").write_text(config)
+    code, err = start("--model", str(tmp_path)).end()
+    assert code == 2
+    assert words in err.splitlines()[-1]
+
+
 def test_engine_ends_when_the_server_is_killed(start: Callable[..., Command]) -> None:
     command = start("--model", "tiny-random")
     command.wait_ready()

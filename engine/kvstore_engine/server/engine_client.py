@@ -145,19 +145,16 @@ class EngineClient:
             self.abort(request_id)
             sink(RequestOutput(request_id, [], finish_reason="error", error=self.death))
 
-    async def close(self) -> None:
-        """Ends the process, by force where it does not answer, and removes the sockets."""
+    async def close(self, hurry: asyncio.Event | None = None) -> None:
+        """Ends the process, by force where it does not answer or once ``hurry`` is set, and
+        removes the sockets.
+        """
         process = self._process
         if process is not None and process.returncode is None:
             self._outgoing.put_nowait(Shutdown())
             if self.ready is None:
                 process.terminate()  # it reads no messages while it loads
-            try:
-                await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
-            except TimeoutError:
-                log.warning("the engine process did not stop within %.0f s", STOP_TIMEOUT_S)
-                process.kill()
-                await process.wait()
+            await self._end(process, hurry or asyncio.Event())
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -165,6 +162,17 @@ class EngineClient:
             self._started.cancel()
         self._context.destroy(linger=0)
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _end(self, process: asyncio.subprocess.Process, hurry: asyncio.Event) -> None:
+        waits = [asyncio.create_task(wait) for wait in (process.wait(), hurry.wait())]
+        await asyncio.wait(waits, timeout=STOP_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        if process.returncode is None:
+            if not hurry.is_set():
+                log.warning("the engine process did not stop within %.0f s", STOP_TIMEOUT_S)
+            process.kill()
+            await process.wait()
 
     async def _send(self, push: zmq.asyncio.Socket) -> None:
         while True:

@@ -30,6 +30,7 @@ PROG = "kvstore-engine"
 DRAIN_S = 5.0  # open requests may finish this long after a signal to stop
 DEAD_LINGER_S = 1.0  # health says 503 this long before the server follows a dead engine
 KEEP_ALIVE_S = 60
+ERRORS_S = 0.5  # told to stop again, clients have this long to take the errors of open requests
 BACKLOG = 2048
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ async def serve(config: ServerConfig, command: Sequence[str] = ENGINE_COMMAND) -
     check_loopback(f"{config.host}:{config.port}", insecure=config.insecure, unix=False)
     engine_config = config.engine()
     find_model(config.model)
-    stop = stop_event()
+    stop, hurry = stop_event(), asyncio.Event()
+    hearing = asyncio.create_task(_hear_again(stop, hurry))
     with contextlib.closing(listen(config.host, config.port)) as listener:
         engine = EngineClient(command)
         try:
@@ -82,15 +84,31 @@ async def serve(config: ServerConfig, command: Sequence[str] = ENGINE_COMMAND) -
             service = Service(
                 engine, tokenizer, metrics, names=(config.model,), open_max=config.max_waiting
             )
-            await run_http(service, listener, config, stop)
+            await run_http(service, listener, config, stop, hurry)
         finally:
-            await engine.close()
+            await engine.close(hurry)
+            hearing.cancel()
+
+
+async def _hear_again(stop: asyncio.Event, hurry: asyncio.Event) -> None:
+    """Sets ``hurry`` at a signal that comes after the one that set ``stop``."""
+    await stop.wait()
+    await stop_event().wait()
+    log.warning("told to stop again: ending at once")
+    hurry.set()
 
 
 async def run_http(
-    service: Service, listener: socket.socket, config: ServerConfig, stop: asyncio.Event
+    service: Service,
+    listener: socket.socket,
+    config: ServerConfig,
+    stop: asyncio.Event,
+    hurry: asyncio.Event,
 ) -> None:
-    """Answers HTTP from now on, first with 503; ends when the engine fails or ``stop`` is set."""
+    """Answers HTTP from now on, first with 503; ends when the engine fails or ``stop`` is set.
+
+    Open requests then have DRAIN_S to finish, unless ``hurry`` is set.
+    """
     http = HttpServer(
         uvicorn.Config(
             create_app(service),
@@ -106,14 +124,23 @@ async def run_http(
     )
     answering = asyncio.create_task(http.serve(sockets=[listener]))
     stopping = asyncio.create_task(stop.wait())
+    forcing = asyncio.create_task(_force(http, hurry))
     port = listener.getsockname()[1]
     try:
         await _until_stopped(service.engine, stopping, f"http://{config.host}:{port}")
     finally:
         stopping.cancel()
         http.should_exit = True
-        await _drain(service.engine)
+        await _drain(service.engine, hurry)
         await answering
+        forcing.cancel()
+
+
+async def _force(http: HttpServer, hurry: asyncio.Event) -> None:
+    """In a hurry, leaves clients that do not take their answers."""
+    await hurry.wait()
+    await asyncio.sleep(ERRORS_S)
+    http.force_exit = True
 
 
 async def _until_stopped(engine: EngineClient, stopping: asyncio.Task[bool], url: str) -> None:
@@ -142,10 +169,18 @@ async def _until_stopped(engine: EngineClient, stopping: asyncio.Task[bool], url
     ended.cancel()
 
 
-async def _drain(engine: EngineClient) -> None:
+async def _drain(engine: EngineClient, hurry: asyncio.Event) -> None:
     """Lets open requests finish for a while, then ends them with an error of their own."""
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(engine.idle.wait(), DRAIN_S)
+    if engine.open_requests:
+        log.info(
+            "waiting up to %.0f s for %d open requests; a second signal ends them at once",
+            DRAIN_S,
+            engine.open_requests,
+        )
+    waits = [asyncio.create_task(event.wait()) for event in (engine.idle, hurry)]
+    await asyncio.wait(waits, timeout=DRAIN_S, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
     engine.retire("the server is shutting down")
 
 
