@@ -22,7 +22,7 @@ from kvstore.core.spec import CacheSpec
 from kvstore.node import translate
 from kvstore.node.node import Node
 from kvstore.node.process_watch import own_pid_namespace, start_ticks
-from kvstore.node.service import NodeService
+from kvstore.node.service import NodeService, request_bytes_max
 from kvstore.node.settings import NodeConfig
 from kvstore_proto import node_pb2, node_pb2_grpc
 
@@ -80,6 +80,7 @@ class LocalNode:
             self.config.address,
             lambda server: node_pb2_grpc.add_NodeServicer_to_server(NodeService(self.node), server),
             ["kvstore.v1.Node"],
+            request_bytes_max=request_bytes_max(self.node.core.config),
         )
         self.node.start()
 

@@ -4,9 +4,18 @@ from typing import Any
 
 from kvstore_proto import node_pb2, node_pb2_grpc
 
+from kvstore.core.keys import KEY_BYTES
+from kvstore.core.types import CoreConfig
 from kvstore.node import translate
 from kvstore.node.node import Node
 from kvstore.node.session import Session
+
+
+def request_bytes_max(config: CoreConfig) -> int:
+    """What the largest message of a client may have: twice the keys of a request, so that one
+    with a few too many is answered, and does not end its stream.
+    """
+    return 2 * KEY_BYTES * config.keys_per_request_max
 
 
 class NodeService(node_pb2_grpc.NodeServicer):

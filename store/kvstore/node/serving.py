@@ -14,7 +14,7 @@ from kvstore.faultpoint import enable_faultpoints
 from kvstore.node.malloc import keep_little_freed_memory
 from kvstore.node.metrics import node_registry
 from kvstore.node.node import Node
-from kvstore.node.service import NodeService
+from kvstore.node.service import NodeService, request_bytes_max
 from kvstore.node.settings import NodeConfig
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ async def serve(config: NodeConfig) -> None:
             lambda server: node_pb2_grpc.add_NodeServicer_to_server(NodeService(node), server),
             [SERVICE_NAME],
             insecure=config.insecure,
+            request_bytes_max=request_bytes_max(node.core.config),
         )
         running.push_async_callback(server.stop, STOP_GRACE_S)
         if config.metrics_listen:

@@ -11,6 +11,7 @@ from kvstore_proto import node_pb2
 
 import kvstore
 from kvstore.core.effects import Effects, Reply
+from kvstore.core.keys import KEY_BYTES
 from kvstore.core.types import AckLevel
 from kvstore.errors import (
     InternalError,
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 PROTOCOL_VERSION = 1
 OUTBOX_PAUSE = 1024  # answers that wait; more, and no further request is read
 OUTBOX_MAX = 65536  # answers that wait; more, and the stream is ended
+OUTBOX_PAUSE_BYTES = 4 << 20
+OUTBOX_BYTES_MAX = 64 << 20
 HELLO_TIMEOUT_S = 10.0
 LAST_WRITE_S = 1.0
 
@@ -40,31 +43,38 @@ class Outbox:
     def __init__(self, context: Any, end_stream: Callable[[KVStoreError], None]) -> None:
         self._context = context
         self._end_stream = end_stream
-        self._waiting: deque[node_pb2.SessionResponse] = deque()
+        self._waiting: deque[tuple[node_pb2.SessionResponse, int]] = deque()
+        self._bytes = 0  # about what those that wait take
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
         self._stopping = False
 
-    def put(self, response: node_pb2.SessionResponse) -> None:
-        """Queues an answer."""
-        self._waiting.append(response)
+    def put(self, response: node_pb2.SessionResponse, nbytes: int = 0) -> None:
+        """Queues an answer, which takes about ``nbytes`` beside itself."""
+        self._waiting.append((response, nbytes))
+        self._bytes += nbytes
         self._wake.set()
-        if len(self._waiting) > OUTBOX_PAUSE:
+        if self._crowded():
             self._room.clear()
-            if len(self._waiting) > OUTBOX_MAX:
+            if len(self._waiting) > OUTBOX_MAX or self._bytes > OUTBOX_BYTES_MAX:
                 self._end_stream(
-                    ResourceExhaustedError(f"{OUTBOX_MAX} answers wait; this client reads none")
+                    ResourceExhaustedError(
+                        f"{len(self._waiting)} answers wait; this client reads none"
+                    )
                 )
+
+    def _crowded(self) -> bool:
+        return len(self._waiting) > OUTBOX_PAUSE or self._bytes > OUTBOX_PAUSE_BYTES
 
     def put_reply(self, reply: Reply) -> None:
         """Queues an answer of the core; an End goes with the Granted before it, if that waits."""
         message = translate.reply_to_message(reply)
-        last = self._waiting[-1] if self._waiting else None
+        last = self._waiting[-1][0] if self._waiting else None
         if last and last.id == message.id and last.HasField("granted") and message.HasField("end"):
             last.granted.end.CopyFrom(message.end)
         else:
-            self.put(message)
+            self.put(message, translate.answer_bytes(reply.body))
 
     async def room(self) -> None:
         """Returns when there is room for the answers to another request."""
@@ -75,8 +85,10 @@ class Outbox:
         waiting, write = self._waiting, self._context.write
         while not self._stopping:
             while waiting and not self._stopping:
-                await write(waiting.popleft())
-                if len(waiting) <= OUTBOX_PAUSE:
+                message, nbytes = waiting.popleft()
+                self._bytes -= nbytes
+                await write(message)
+                if not self._crowded():
                     self._room.set()
             self._wake.clear()
             if not self._stopping:
@@ -85,12 +97,19 @@ class Outbox:
     async def stop(self, writer: "asyncio.Task[None]") -> None:
         """Ends ``write_all`` after the write that is under way.
 
-        gRPC cannot take a write back, and refuses to end a stream with a status during one.
+        gRPC cannot take a write back, and refuses to end a stream with a status during one. A
+        write to a stream that its client has ended fails, which is nothing to tell anybody.
         """
         self._stopping = True
         self._wake.set()
+        writer.add_done_callback(_heard)
         await asyncio.wait({writer}, timeout=LAST_WRITE_S)
         writer.cancel()
+
+
+def _heard(writer: "asyncio.Task[None]") -> None:
+    if not writer.cancelled() and (error := writer.exception()) is not None:
+        log.debug("the last write of a stream failed: %r", error)
 
 
 class Session:
@@ -250,6 +269,9 @@ class Session:
         del request_id, now
         if not self._client.engine_id:
             raise InvalidArgumentError("HBM events need an engine_id in Hello")
+        keys_max = self._core.config.keys_per_request_max
+        if (count := (len(request.stored) + len(request.removed)) // KEY_BYTES) > keys_max:
+            raise InvalidArgumentError(f"{count} keys in one; send {keys_max} at most")
         self._node.hbm_events(self._client.engine_id, request)
 
     def _second_hello(self, request_id: int, request: node_pb2.Hello, now: float) -> None:

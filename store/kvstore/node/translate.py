@@ -11,6 +11,7 @@ from kvstore.core.types import Namespace, SlotRun, TierUsage
 from kvstore.errors import KVStoreError
 
 Response = node_pb2.SessionResponse
+RUN_BYTES = 80  # of memory, in a message
 
 
 def number(value: int) -> Any:
@@ -81,6 +82,20 @@ def error_response(request_id: int, error: KVStoreError) -> Response:
 def reply_to_message(reply: fx.Reply) -> Response:
     """The message of one of the core's answers."""
     return _BY_BODY[type(reply.body)](reply.request_id, reply.body)
+
+
+def answer_bytes(body: fx.Body) -> int:
+    """About how much memory an answer takes until it is written."""
+    match body:
+        case fx.Granted():
+            return RUN_BYTES * len(body.runs) + len(body.generations)
+        case fx.Reserved():
+            return RUN_BYTES * len(body.runs) + len(body.generations) + len(body.statuses)
+        case fx.Committed():
+            return len(body.levels)
+        case fx.Matched():
+            return len(body.tiers)
+    return 0
 
 
 def _runs(runs: list[SlotRun]) -> list[node_pb2.SlotRun]:
