@@ -6,7 +6,8 @@ from collections import defaultdict
 
 import pytest
 from kvstore.core.keys import split_keys
-from kvstore.core.locations import Locations, Place
+from kvstore.core.locations import EMPTY_SETS_MAX, Locations
+from kvstore.core.place_sets import Place
 from kvstore.core.types import EndReason, Tier
 from kvstore.errors import InvalidArgumentError
 
@@ -100,6 +101,15 @@ def test_a_full_index_refuses_new_keys_only() -> None:
     assert index.entries == 5
 
 
+def test_a_set_that_is_about_to_have_its_first_key_stays() -> None:
+    index = Locations(keys_max=1)
+    for n in range(3 * EMPTY_SETS_MAX):
+        place = index.place("a", Tier.HBM, ROOT, f"engine-{n}")
+        assert index.stored(place, keys(n)) == 0
+        assert index.counts() == {place: 1}
+        index.removed(place, keys(n))
+
+
 def test_a_full_index_is_not_gone_through_for_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
     index = Locations(keys_max=1000)
     place = index.place("a", Tier.DRAM, ROOT)
@@ -156,6 +166,51 @@ def test_a_page_lists_whole_keys_in_order(index: Locations) -> None:
 def test_keys_that_are_no_keys_are_refused(index: Locations) -> None:
     with pytest.raises(InvalidArgumentError):
         index.stored(index.place("a", Tier.DRAM, ROOT), b"short")
+
+
+def edges(index: Locations) -> int:
+    """Links between sets of places, counted from every set that is still there."""
+    groups = [index._never, *index._all()]
+    return sum(len(g.with_place) + len(g.without) + len(g.sources) for g in groups)
+
+
+def test_I7_combinations_of_places_that_no_key_has_are_forgotten() -> None:
+    index = Locations(ghosts_max=10)
+    rng = random.Random(1)
+    places = [index.place("a", Tier.HBM, ROOT, f"engine-{n}") for n in range(12)]
+    held: dict[int, set[Place]] = defaultdict(set)
+    for _ in range(5000):
+        key, place = rng.randrange(20), rng.choice(places)
+        if place in held[key]:
+            index.removed(place, keys(key))
+        else:
+            index.stored(place, keys(key))
+        held[key] ^= {place}
+    combinations = {frozenset(one) for one in held.values()}
+    groups_max = len(combinations) + EMPTY_SETS_MAX
+    assert len(index._all()) <= groups_max
+    assert edges(index) <= 4 * len(places) * groups_max
+    small = Locations()
+    for key, one in held.items():
+        for place in one:
+            small.stored(place, keys(key))
+    assert index.memory_bytes() <= small.memory_bytes() + 1024 * groups_max
+
+
+def test_a_removal_does_not_go_through_all_combinations_of_places(
+    index: Locations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = index.place("a", Tier.DRAM, ROOT)
+    index.stored(place, keys(*range(10)))
+
+    def all_of_them() -> None:
+        raise AssertionError("went through every set of places")
+
+    monkeypatch.setattr(index, "_all", all_of_them)
+    index.removed(place, keys(3))
+    index.trim()
+    assert index.ghosts == 1
+    assert index.memory_bytes() > 0
 
 
 class Model:
@@ -218,6 +273,15 @@ def check(index: Locations, model: Model, rng: random.Random) -> None:
     counts: dict[Place, int] = index.counts()
     assert sum(counts.values()) == index.entries == sum(map(len, model.places.values()))
     held = sum(1 for places in model.places.values() if places)
+    assert index.ghosts == sum(not group.places for group in index._table.values())
+    groups = set(index._all())
+    assert {group for group in groups if group.keys} == set(index._table.values())
+    assert sum(not group.keys for group in groups) <= EMPTY_SETS_MAX
+    for group in groups | {index._never}:
+        to = {*group.with_place.values(), *group.without.values()} - {group}
+        assert to <= groups
+        assert all(group in other.sources for other in to)
+        assert group.sources.keys() <= groups | {index._never}
     assert index.namespace_keys().get(ROOT, 0) == held
 
 

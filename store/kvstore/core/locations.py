@@ -1,7 +1,7 @@
 """Which places hold which block: the master's index, pure and in memory.
 
 A *place* is one tier of one node (for HBM: of one engine) within one namespace. Keys do not own
-their list of places; all keys that are in exactly the same places share one ``_PlaceSet``. So a
+their list of places; all keys that are in exactly the same places share one ``PlaceSet``. So a
 key costs its 32 bytes and one dict entry, and a node is forgotten by changing the few sets that
 name it, however many blocks they stand for.
 """
@@ -9,25 +9,17 @@ name it, however many blocks they stand for.
 import heapq
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvstore.core.keys import split_keys
+from kvstore.core.place_sets import Place, PlaceSet
 from kvstore.core.types import EndReason, Tier
 
 GHOST_KEYS_MAX = 1 << 17
 TRIM_KEYS = 16_384  # a few milliseconds
 PASS_KEYS_PER_GHOST = 4096  # that are gone through for each ghost found, at most
+EMPTY_SETS_MAX = 64  # that are kept in case their places come again
 KEY_OBJECT_BYTES = 80  # a bytes object of 32, as the allocator rounds it up
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Place:
-    """Where blocks can be; made by ``Locations.place`` only, so that identity is equality."""
-
-    node_id: str
-    tier: Tier
-    engine_id: str
-    root: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +40,6 @@ class Located:
     reason: EndReason
 
 
-@dataclass(slots=True, eq=False)
-class _PlaceSet:
-    """The places that a group of keys has in common; without any, why they have none."""
-
-    places: tuple[Place, ...]
-    reason: EndReason
-    keys: int = 0
-    with_place: dict[Place, "_PlaceSet"] = field(default_factory=dict)
-    without: dict[tuple[Place, EndReason], "_PlaceSet"] = field(default_factory=dict)
-
-    @property
-    def best(self) -> tuple[Place, ...]:
-        """The places of the fastest tier; places are kept in the order of their tiers."""
-        return tuple(p for p in self.places if p.tier == self.places[0].tier)
-
-
-def _in_order(places: set[Place]) -> tuple[Place, ...]:
-    return tuple(sorted(places, key=lambda p: (p.tier, p.node_id, p.engine_id)))
-
-
 class Locations:
     """Index from key to places, with the reason why a key that was here is gone.
 
@@ -78,13 +50,14 @@ class Locations:
     def __init__(self, *, keys_max: int = 1 << 62, ghosts_max: int = GHOST_KEYS_MAX) -> None:
         self._keys_max = keys_max
         self._ghosts_max = ghosts_max
-        self._table: dict[bytes, _PlaceSet] = {}
+        self._table: dict[bytes, PlaceSet] = {}
         self._places: dict[tuple[str, Tier, str, bytes], Place] = {}
-        self._never = _PlaceSet((), EndReason.NEVER_STORED)
-        self._sets: dict[tuple[Place, ...], _PlaceSet] = {}
-        self._dead: dict[EndReason, _PlaceSet] = {}
-        # Sets that a removal made equal to another one; they live until no key names them.
-        self._twins: list[_PlaceSet] = []
+        self._never = PlaceSet((), EndReason.NEVER_STORED)
+        self._sets: dict[tuple[Place, ...], PlaceSet] = {}
+        self._dead: dict[EndReason, PlaceSet] = {}
+        self._twins: set[PlaceSet] = set()  # that a removal made equal to another one
+        self._emptied: list[PlaceSet] = []  # those that lost their last key, and may have some now
+        self._held = 0  # keys that have a place
         self._purged: set[bytes] = set()
         self._surplus: list[bytes] = []  # ghosts to be forgotten
 
@@ -102,10 +75,12 @@ class Locations:
         because the index is full; keys that it has already are never refused.
         """
         table, never, refused = self._table, self._never, 0
+        last, new = never, never
         self._purged.discard(place.root)
         for key in split_keys(joined):
             old = table.get(key, never)
-            new = old.with_place.get(place) or self._add(old, place)
+            if old is not last or new is never:
+                last, new = old, old.with_place.get(place) or self._add(old, place)
             if new is old:
                 continue
             full = old is never and len(table) >= self._keys_max
@@ -114,8 +89,13 @@ class Locations:
                 refused += 1
                 continue
             table[key] = new
-            old.keys -= 1
             new.keys += 1
+            old.keys -= 1
+            if not old.places:
+                self._held += 1
+            if not old.keys:
+                self._emptied.append(old)
+        self._sweep()
         return refused
 
     def removed(self, place: Place, joined: bytes) -> None:
@@ -123,13 +103,21 @@ class Locations:
         table = self._table
         reason = EndReason.PURGED if place.root in self._purged else EndReason.EVICTED
         edge = (place, reason)
+        last, new = None, self._never
         for key in split_keys(joined):
             if (old := table.get(key)) is None:
                 continue
-            new = old.without.get(edge) or self._subtract(old, place, reason)
+            if old is not last:
+                last, new = old, old.without.get(edge) or self._subtract(old, place, reason)
+            if new is old:
+                continue
             table[key] = new
-            old.keys -= 1
             new.keys += 1
+            old.keys -= 1
+            if not new.places:
+                self._held -= 1
+            if not old.keys:
+                self._emptied.append(old)
         self.trim()
 
     def clear(self, place: Place) -> int:
@@ -177,7 +165,7 @@ class Locations:
                 first, common = i, list(best)
             candidates, last = common, held
         else:
-            i, held = len(keys), _PlaceSet((), EndReason.COMPLETE)
+            i, held = len(keys), PlaceSet((), EndReason.COMPLETE)
         if candidates:
             runs.append(Run(first, i - first, candidates[0]))
         return Located(runs, i, held.reason)
@@ -231,11 +219,11 @@ class Locations:
     @property
     def ghosts(self) -> int:
         """Keys without a place that are kept for their reason."""
-        return sum(group.keys for group in self._all() if not group.places)
+        return len(self._table) - self._held
 
     def memory_bytes(self) -> int:
         """Estimate of the memory that the index takes."""
-        groups = len(self._all())
+        groups = len(self._sets) + len(self._dead) + len(self._twins)
         return sys.getsizeof(self._table) + KEY_OBJECT_BYTES * len(self._table) + 1024 * groups
 
     def pager(self) -> Callable[[Callable[[Place], bool], bytes, int], "Page"]:
@@ -260,56 +248,75 @@ class Locations:
 
     # Sets of places
 
-    def _all(self) -> list[_PlaceSet]:
+    def _all(self) -> list[PlaceSet]:
         return [*self._sets.values(), *self._dead.values(), *self._twins]
 
-    def _group(self, places: set[Place], reason: EndReason) -> _PlaceSet:
-        if not places:
-            return self._dead.setdefault(reason, _PlaceSet((), reason))
-        ordered = _in_order(places)
-        return self._sets.setdefault(ordered, _PlaceSet(ordered, EndReason.COMPLETE))
+    def _group(self, places: set[Place], reason: EndReason) -> PlaceSet:
+        """The set of these places; without any keys at first, where there was none."""
+        group = PlaceSet.of(places, reason)
+        known = self._adopt(group)
+        if known is group:
+            self._emptied.append(group)
+        return known
 
-    def _add(self, old: _PlaceSet, place: Place) -> _PlaceSet:
+    def _add(self, old: PlaceSet, place: Place) -> PlaceSet:
         new = old
         if place not in old.places:
             new = self._group({*old.places, place}, EndReason.COMPLETE)
+            new.sources[old] = place
         old.with_place[place] = new
         return new
 
-    def _subtract(self, old: _PlaceSet, place: Place, reason: EndReason) -> _PlaceSet:
+    def _subtract(self, old: PlaceSet, place: Place, reason: EndReason) -> PlaceSet:
         new = old
         if place in old.places:
             new = self._group(set(old.places) - {place}, reason)
+            new.sources[old] = place
         old.without[(place, reason)] = new
         return new
+
+    def _sweep(self) -> None:
+        """Forgets the sets that no key names, when there may be too many."""
+        if len(self._emptied) <= EMPTY_SETS_MAX:
+            return
+        for group in {*self._emptied}:
+            if group.keys:
+                continue
+            group.unlink()
+            self._twins.discard(group)
+            if group.places and self._sets.get(group.places) is group:
+                del self._sets[group.places]
+            elif not group.places and self._dead.get(group.reason) is group:
+                del self._dead[group.reason]
+        self._emptied.clear()
 
     def _strip(self, gone: Callable[[Place], bool], reason: EndReason) -> int:
         """Takes places out of every set that names them, without touching a key."""
         stripped = 0
         groups = [group for group in self._all() if group.keys]
-        self._sets, self._dead, self._twins = {}, {}, []
+        self._emptied.clear()
+        self._sets, self._dead, self._twins = {}, {}, set()
         for group in groups:
             group.with_place.clear()
             group.without.clear()
+            group.sources.clear()
             kept = tuple(p for p in group.places if not gone(p))
             stripped += group.keys * (len(group.places) - len(kept))
             if group.places and not kept:
                 group.reason = reason
+                self._held -= group.keys
             group.places = kept
-            self._adopt(group)
+            if self._adopt(group) is not group:
+                self._twins.add(group)
         self._never.with_place.clear()
         self._places = {name: p for name, p in self._places.items() if not gone(p)}
         return stripped
 
-    def _adopt(self, group: _PlaceSet) -> None:
-        """Makes ``group`` the set of its places, or a twin of the one that is."""
-        first = (
-            self._sets.setdefault(group.places, group)
-            if group.places
-            else self._dead.setdefault(group.reason, group)
-        )
-        if first is not group:
-            self._twins.append(group)
+    def _adopt(self, group: PlaceSet) -> PlaceSet:
+        """The one that is the set of these places already, or else ``group``."""
+        if group.places:
+            return self._sets.setdefault(group.places, group)
+        return self._dead.setdefault(group.reason, group)
 
     # Ghosts
 
@@ -323,6 +330,7 @@ class Locations:
             self._surplus = self._oldest_ghosts(self.ghosts - self._ghosts_max // 2)
         self._forget(self._surplus[-keys:])
         del self._surplus[-keys:]
+        self._sweep()
 
     def _make_room(self) -> bool:
         """Forgets ghosts until a full index has room for a key; False where there are too few.
@@ -349,6 +357,8 @@ class Locations:
             if group is not None and not group.places:
                 del table[key]
                 group.keys -= 1
+                if not group.keys:
+                    self._emptied.append(group)
 
 
 @dataclass(frozen=True, slots=True)

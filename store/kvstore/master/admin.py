@@ -11,7 +11,7 @@ from kvstore_proto import admin_pb2, admin_pb2_grpc, common_pb2, master_pb2
 
 import kvstore
 from kvstore.core.keys import block_keys, join_keys, salt_extra, split_keys
-from kvstore.core.locations import Place
+from kvstore.core.place_sets import Place
 from kvstore.core.types import Tier
 from kvstore.errors import (
     InvalidArgumentError,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kvstore_proto import master_pb2
 
-from kvstore.core.locations import Place
+from kvstore.core.place_sets import Place
 from kvstore.errors import ResourceExhaustedError
 from kvstore.master.messages import tier_value
 
