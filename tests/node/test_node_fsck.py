@@ -233,7 +233,7 @@ async def test_I8_a_damaged_index_is_rebuilt_of_what_it_held(
 async def test_I8_a_rebuild_that_is_killed_is_repeated(
     keys: list[bytes], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     lose_the_root(folder / "index" / "data.mdb")
@@ -255,7 +255,7 @@ def everything_in(folder: Path) -> set[Path]:
 async def test_a_rebuilt_index_belongs_to_the_user_of_the_old_one(
     keys: list[bytes], folder: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     lose_the_root(folder / "index" / "data.mdb")

@@ -293,3 +293,43 @@ def test_what_root_makes_in_a_copied_directory_is_its_owners(
     assert run(directory.path, repair=repair).clean
     assert owners == {(12345, 12346)}
     assert everything_in(directory.path) == before
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
+@pytest.mark.parametrize("plant", ["in it", "in its place", "as the index"])
+def test_a_repair_by_root_gives_away_nothing_that_a_link_names(
+    directory: Directory, tmp_path: Path, plant: str
+) -> None:
+    directory.write(0, 0, 1)
+    directory.lose_the_root()
+    for path in everything_in(directory.path):
+        os.chown(path, 12345, 12346)
+    secret = tmp_path / "secret"
+    secret.mkdir(mode=0o700)
+    for name in ("data.mdb", "lock.mdb", "other"):
+        (secret / name).touch()
+    new = directory.path / "index.new"
+    modes: set[tuple[int, int]] = set()
+
+    def while_it_reads(_done: int, _total: int) -> None:
+        modes.add((new.stat().st_uid, new.stat().st_mode & 0o777))
+        if plant == "in its place":
+            new.rename(directory.path / "moved")
+            new.mkdir()
+            (new / "index").symlink_to(secret)
+        elif plant == "as the index":
+            (directory.path / "index").rename(directory.path / "moved")
+            (directory.path / "index").symlink_to(secret)
+        else:  # more than its user can do to a directory of root
+            (new / "x").symlink_to(secret / "other")
+
+    check.fsck(directory.path, repair=True, progress=while_it_reads)
+    assert modes == {(0, 0o700)}, "nobody else can make a link in it"
+    assert {path.stat().st_uid for path in everything_in(secret)} == {0}
+    assert {path.stat().st_size for path in secret.iterdir()} == {0}
+    assert not new.exists()
+    if plant == "as the index":
+        (directory.path / "index").unlink()
+        (directory.path / "moved").rename(directory.path / "index")
+    assert (directory.path / "index" / "data.mdb").stat().st_uid == 12345
+    assert directory.kept().keys() == {0}

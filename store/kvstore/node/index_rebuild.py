@@ -26,6 +26,9 @@ DAMAGED_NAME = "data.mdb.damaged"
 NEW_NAME = "index.new"
 FILE_NAME = "data.mdb"
 LOCK_NAME = "lock.mdb"
+PROBE_NAME = "probe"
+PROBE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 PAGE_BYTES = 4096  # where the meta pages do not say it
 NODE_ID_BYTES_MAX = 128
 
@@ -42,7 +45,9 @@ class Saved(NamedTuple):
 class IndexRebuild:
     """A new index, made beside a damaged one and put into its place.
 
-    It belongs to the damaged one's user. Killed anywhere, it can be done again.
+    It belongs to the damaged one's user, once it is there; until then to whoever repairs, and is
+    reached by a descriptor: the user may put links in the way. Killed anywhere, it can be done
+    again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,17 +55,22 @@ class IndexRebuild:
         self._folder = folder
         self._path = folder / INDEX_NAME / FILE_NAME
         self._new = folder / NEW_NAME
-        try:
-            self.saved = _saved(self._path)
-            self._owner = _owner(self._path, folder)
-            shutil.rmtree(self._new, ignore_errors=True)
-            self._new.mkdir(mode=0o700)
-            self._give([self._new])
-        except OSError as error:
-            raise ConfigError(f"SSD index {self._path}: {error.strerror}") from None
-        except ConfigError:
-            self.close()
-            raise
+        with contextlib.ExitStack() as resources:
+            try:
+                self.saved = _saved(self._path)
+                self._owner = _owner(self._path, folder)
+                shutil.rmtree(self._new, ignore_errors=True)
+                self._new.mkdir(mode=0o700)
+                resources.callback(shutil.rmtree, self._new, ignore_errors=True)
+                self._descriptor = _opened(resources, self._new)
+                self._index: int | None = None
+                with contextlib.suppress(FileNotFoundError):
+                    self._index = os.open(self._path.parent, DIRECTORY_FLAGS)
+                    resources.callback(os.close, self._index)
+                self._give_a_probe()
+            except OSError as error:
+                raise ConfigError(f"SSD index {self._path}: {error.strerror}") from None
+            self._resources = resources.pop_all()
 
     def replace(self, records: Iterable[SsdRecord], sequences: npt.NDArray[np.int64]) -> None:
         """Puts an index of these records into place; ``sequences`` are of all that were found.
@@ -68,21 +78,26 @@ class IndexRebuild:
         The damaged file is kept beside it as ``data.mdb.damaged``. ConfigError, and the damaged
         one stands, where the medium or the system refuses.
         """
-        path, made = self._path, self._new / INDEX_NAME
+        path = self._path
         try:
-            self._make(records, sequences)
-            self._give(self._new.rglob("*"))
-            if not path.parent.exists():
-                path.parent.mkdir(mode=0o700)
-                self._give([path.parent])
-            if not (lock := path.with_name(LOCK_NAME)).exists():
-                os.replace(made / LOCK_NAME, lock)
-            with contextlib.suppress(FileNotFoundError):
-                path.with_name(DAMAGED_NAME).unlink()
-            with contextlib.suppress(FileNotFoundError):
-                os.link(path, path.with_name(DAMAGED_NAME))
-            os.replace(made / FILE_NAME, path)
-            sync_directory(path.parent)
+            with contextlib.ExitStack() as opened:
+                self._make(records, sequences)
+                made = _opened(opened, INDEX_NAME, self._descriptor)
+                for name in (FILE_NAME, LOCK_NAME):
+                    self._give(name, made)
+                if (index := self._index) is None:
+                    path.parent.mkdir(mode=0o700)
+                    self._give(path.parent)
+                    index = _opened(opened, path.parent)
+                if LOCK_NAME not in os.listdir(index):
+                    os.replace(LOCK_NAME, LOCK_NAME, src_dir_fd=made, dst_dir_fd=index)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(DAMAGED_NAME, dir_fd=index)
+                with contextlib.suppress(FileNotFoundError):
+                    ends = {"src_dir_fd": index, "dst_dir_fd": index}
+                    os.link(FILE_NAME, DAMAGED_NAME, **ends, follow_symlinks=False)
+                os.replace(FILE_NAME, FILE_NAME, src_dir_fd=made, dst_dir_fd=index)
+                os.fsync(index)
             sync_directory(self._folder)
         except OSError as error:
             raise ConfigError(f"SSD index {path}: {error.strerror}") from None
@@ -92,7 +107,8 @@ class IndexRebuild:
     def _make(self, records: Iterable[SsdRecord], sequences: npt.NDArray[np.int64]) -> None:
         saved = self.saved
         encoded = sorted((record.key, record.encode()) for record in records)
-        index = SsdIndex(self._new, len(encoded), saved.node_id)
+        folder = Path(f"/proc/self/fd/{self._descriptor}")
+        index = SsdIndex(folder, len(encoded), saved.node_id)
         try:
             for root, namespace in saved.namespaces.items():
                 index.add_namespace(root, namespace)
@@ -101,23 +117,38 @@ class IndexRebuild:
         finally:
             index.close()
 
-    def _give(self, places: Iterable[Path]) -> None:
-        """Makes them the user's whose node is to open them; ConfigError where it is not allowed."""
+    def _give_a_probe(self) -> None:
+        """Finds out before the blocks are read whether files may be given to the user."""
+        os.close(os.open(PROBE_NAME, PROBE_FLAGS, 0o600, dir_fd=self._descriptor))
+        self._give(PROBE_NAME, self._descriptor)
+        os.unlink(PROBE_NAME, dir_fd=self._descriptor)
+
+    def _give(self, place: str | Path, folder: int | None = None) -> None:
+        """Makes it the user's whose node is to open it; ConfigError where it is not allowed."""
         owner = self._owner
-        for place in places:
-            if place.stat().st_uid == owner.st_uid:
-                continue
-            try:
-                os.chown(place, owner.st_uid, owner.st_gid)
-            except OSError as error:
-                raise ConfigError(
-                    f"SSD index {self._path} belongs to user id {owner.st_uid}, to whom a new one "
-                    f"cannot be given ({error.strerror}): repair it as that user or as root"
-                ) from None
+        found = os.stat(place, dir_fd=folder, follow_symlinks=False)
+        if found.st_uid == owner.st_uid:
+            return
+        try:
+            os.chown(place, owner.st_uid, owner.st_gid, dir_fd=folder, follow_symlinks=False)
+        except OSError as error:
+            raise ConfigError(
+                f"SSD index {self._path} belongs to user id {owner.st_uid}, to whom a new one "
+                f"cannot be given ({error.strerror}): repair it as that user or as root"
+            ) from None
 
     def close(self) -> None:
         """Removes what was made beside the index."""
-        shutil.rmtree(self._new, ignore_errors=True)
+        self._resources.close()
+
+
+def _opened(
+    resources: contextlib.ExitStack, directory: str | Path, folder: int | None = None
+) -> int:
+    """A descriptor of a directory that is no link."""
+    descriptor = os.open(directory, DIRECTORY_FLAGS | os.O_NOFOLLOW, dir_fd=folder)
+    resources.callback(os.close, descriptor)
+    return descriptor
 
 
 def _owner(path: Path, folder: Path) -> os.stat_result:
