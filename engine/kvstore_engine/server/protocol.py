@@ -1,5 +1,10 @@
 """Requests of the HTTP API: what is accepted, what is refused, and with which words."""
 
+import contextlib
+import gc
+import reprlib
+from collections.abc import Iterator
+from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -9,6 +14,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationError,
     model_validator,
 )
@@ -19,6 +25,14 @@ from kvstore_engine.server.errors import ApiError, bad_request
 BODY_BYTES_MAX = 32 << 20
 CHOICES_MAX = 32
 PROMPTS_MAX = 128
+MESSAGES_MAX = 4096
+PARTS_MAX = 4096  # of content, in all messages of a request
+# The event loop stands still while a body is decoded and validated. What these bound, over all of
+# its bytes, keeps that to a fraction of a second.
+VALUES_MAX = 1_200_000  # commas and opening brackets
+COLONS_MAX = 100_000
+MODEL_CHARS_MAX = 1024
+SHOWN_CHARS = 80
 STOPS_MAX = 16
 STOP_CHARS_MAX = 1024
 LOGPROBS_MAX = 20
@@ -102,7 +116,17 @@ def _content(value: object) -> object:
         raise ValueError("give text, or a list of text parts")
     for part in value:
         if isinstance(part, dict) and part.get("type") not in (None, "text"):
-            raise ValueError(f"a part is of type {part['type']!r}; only text is supported")
+            raise ValueError(f"a part is of type {_shown(part['type'])}; only text is supported")
+    return value
+
+
+def _messages(value: object) -> object:
+    """Their parts, counted before each is looked at."""
+    if isinstance(value, list) and len(value) <= MESSAGES_MAX:
+        contents = [message.get("content") for message in value if isinstance(message, dict)]
+        parts = sum(len(content) for content in contents if isinstance(content, list))
+        if parts > PARTS_MAX:
+            raise ValueError(f"at most {PARTS_MAX} parts of content a request, these are {parts}")
     return value
 
 
@@ -117,10 +141,19 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, value: object) -> object:
-        """JSON null means the default, as OpenAI's clients have it; also in a part of a body."""
+        """JSON null means the default, as OpenAI's clients have it; also in a part of a body.
+
+        Of unknown fields only the first is kept: it is the one that is told, and each is an error.
+        """
         if not isinstance(value, dict):
             return value
-        return {name: given for name, given in value.items() if given is not None}
+        known = cls.model_fields
+        kept = {name: value[name] for name in known if value.get(name) is not None}
+        unknown = (name for name in value if name not in known and value[name] is not None)
+        return kept | {name: value[name] for name in islice(unknown, 1)}
+
+
+Model = Annotated[str, Field(max_length=MODEL_CHARS_MAX)]
 
 
 class StreamOptions(_Body):
@@ -133,7 +166,7 @@ class StreamOptions(_Body):
 class SamplingBody(_Body):
     """Fields that completions and chat completions have in common."""
 
-    model: str | None = None
+    model: Model | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] = 1
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] = 0
@@ -142,7 +175,7 @@ class SamplingBody(_Body):
     top_k: Annotated[int, BeforeValidator(_top_k), Field(ge=0, lt=2**31)] = 0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[list[str], BeforeValidator(_stops)] = []
-    stop_token_ids: Annotated[list[int], Field(max_length=256)] = []
+    stop_token_ids: Annotated[list[int], Field(max_length=256, fail_fast=True)] = []
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     stream: bool = False
@@ -154,7 +187,7 @@ class SamplingBody(_Body):
 class CompletionBody(SamplingBody):
     """POST /v1/completions."""
 
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
     add_special_tokens: bool = True
 
@@ -170,7 +203,7 @@ class ChatMessage(_Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_content)]
+    content: Annotated[list[TextPart], Field(fail_fast=True), BeforeValidator(_content)]
     name: str | None = None
 
     @property
@@ -179,10 +212,17 @@ class ChatMessage(_Body):
         return "".join(part.text for part in self.content)
 
 
+Messages = Annotated[
+    list[ChatMessage],
+    Field(min_length=1, max_length=MESSAGES_MAX, fail_fast=True),
+    BeforeValidator(_messages),
+]
+
+
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
@@ -192,9 +232,9 @@ class ChatBody(SamplingBody):
 class TokenizeBody(_Body):
     """POST /tokenize, of a text or of a conversation."""
 
-    model: str | None = None
+    model: Model | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 
@@ -215,8 +255,39 @@ async def read_body(request: Request, kind: type[BodyT]) -> BodyT:
     return parse_body(bytes(data), kind)
 
 
-def parse_body(data: bytes, kind: type[BodyT]) -> BodyT:
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Decoding makes a million objects and no cycle; each search for one would take longer."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def parse_body(data: bytes | bytearray, kind: type[BodyT]) -> BodyT:
     """``data`` as ``kind``; ApiError says what is wrong with it."""
+    _check_counts(data)
+    with _no_collections():
+        return _parse(data, kind)
+
+
+def _check_counts(data: bytes | bytearray) -> None:
+    """ApiError for more values than fit the time of decoding, by bounds that cost none."""
+    if len(data) <= COLONS_MAX:
+        return
+    if sum(map(data.count, (b",", b"[", b"{"))) > VALUES_MAX:
+        raise bad_request(
+            f"at most {VALUES_MAX:,} values fit one request, by its commas and opening brackets; "
+            "split it into several"
+        )
+    if data.count(b":") > COLONS_MAX:
+        raise bad_request(
+            f"at most {COLONS_MAX:,} fields fit one request, by its colons; split it into several"
+        )
+
+
+def _parse(data: bytes | bytearray, kind: type[BodyT]) -> BodyT:
     try:
         values = msgspec.json.decode(data)
     except (ValueError, RecursionError) as error:
@@ -271,10 +342,31 @@ def _explain(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return bad_request(f"unknown field {where!r}", param=where)
+        return bad_request(f"unknown field {_shown(where)}", param=where[:SHOWN_CHARS])
     if first["type"] == "missing":
         return bad_request(f"{where} is missing", param=where)
-    given = repr(first["input"])
-    given = given if len(given) <= 80 else given[:77] + "..."
+    given = _shown(first["input"])
     remedy = _REMEDIES.get(first["type"], first["msg"]).format_map(first.get("ctx", {}))
     return bad_request(f"{where}: {remedy} (given: {given})", param=where)
+
+
+class _Shown(reprlib.Repr):
+    """``repr`` of what may be large, in time and length that do not follow from it."""
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """Without the sorting of all keys."""
+        if level <= 0:
+            return "{...}"
+        first = islice(x.items(), self.maxdict)
+        pairs = [f"{self.repr1(k, level - 1)}: {self.repr1(v, level - 1)}" for k, v in first]
+        return f"{{{', '.join(pairs + ['...'] * (len(x) > self.maxdict))}}}"
+
+
+_short = _Shown()
+_short.maxstring = _short.maxlong = _short.maxother = SHOWN_CHARS
+
+
+def _shown(value: object) -> str:
+    """``value`` in at most SHOWN_CHARS characters."""
+    text = _short.repr(value)
+    return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 3] + "..."
