@@ -89,3 +89,17 @@ def test_I7_messages_without_keys_are_bounded_too(monkeypatch: pytest.MonkeyPatc
         waiting.add(ROOT, Tier.HBM, "e", b"", b"", cleared=True)
     assert waiting.overflowed
     assert not waiting.take()
+
+
+def test_I7_a_message_has_so_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deltas, "EVENT_KEYS_BYTES_MAX", 4 * 32)
+    waiting = Deltas()
+    waiting.add(ROOT, Tier.DRAM, "e", keys(*range(10)), keys(*range(20, 30)), True)
+    waiting.add(ROOT, Tier.DRAM, "e", keys(10), b"", False)
+    waiting.add(ROOT, Tier.DRAM, "e", keys(11, 12), b"", False)
+    events = waiting.take()
+    assert [len(e.stored) // 32 for e in events] == [0, 0, 0, 4, 4, 3, 2]
+    assert [len(e.removed) // 32 for e in events] == [4, 4, 2, 0, 0, 0, 0]
+    assert [e.cleared for e in events] == [True] + [False] * 6
+    assert b"".join(e.stored for e in events) == keys(*range(13))
+    assert b"".join(e.removed for e in events) == keys(*range(20, 30))

@@ -1,13 +1,14 @@
 """The node's stream to its master, with a master that the test plays."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 import pytest
 from kvstore.core.types import Tier
-from kvstore.node import deltas
+from kvstore.node import deltas, master_link
 from kvstore_proto import master_pb2, master_pb2_grpc, node_pb2
 
 from tests.node.rig import BLOCK_BYTES, SYNCED, LocalNode, RawSession, keys_of, until
@@ -268,3 +269,16 @@ async def test_node_whose_master_is_away_says_so_once(
     assert caplog.text.count("is away") == 1
     await master.start()
     await until(lambda: node.node.link.connected)
+
+
+async def test_I9_a_master_that_says_nothing_is_away(
+    make_node: Callable[..., LocalNode],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(master_link, "WELCOME_TIMEOUT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        node = make_node(master=f"127.0.0.1:{silent.getsockname()[1]}")
+        await node.start()
+        await until(lambda: "said nothing for" in caplog.text)
+        await node.stop()

@@ -11,7 +11,7 @@ import grpc
 from kvstore_proto import master_pb2_grpc
 
 from kvstore.daemon import MESSAGE_BYTES_MAX, split_host_port
-from kvstore.errors import KVStoreError, PreconditionError
+from kvstore.errors import KVStoreError, PreconditionError, UnavailableError
 from kvstore.node.reports import ReportingNode, Reports
 
 log = logging.getLogger(__name__)
@@ -113,9 +113,14 @@ class MasterLink:
     async def _session(self) -> None:
         async with grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
             stream: Any = master_pb2_grpc.MasterStub(channel).Session()
-            await stream.write(self._reports.hello())
-            async with asyncio.timeout(WELCOME_TIMEOUT_S):
-                first = await stream.read()
+            try:
+                async with asyncio.timeout(WELCOME_TIMEOUT_S):
+                    await stream.write(self._reports.hello())
+                    first = await stream.read()
+            except TimeoutError:
+                raise UnavailableError(
+                    f"what answers there said nothing for {WELCOME_TIMEOUT_S:.0f} s"
+                ) from None
             if first is grpc.aio.EOF or first.WhichOneof("directive") != "welcome":
                 raise PreconditionError("it did not answer with a welcome")
             self._reports.welcomed(first.welcome)
