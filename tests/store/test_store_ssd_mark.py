@@ -34,11 +34,19 @@ def test_commits_raise_it_and_an_empty_index_raises_its_floor() -> None:
     ("noted", "sequences", "mark"),
     [
         (Mark(), [], Mark(0, 1)),
-        (Mark(), [5, 3, 8], Mark(8, 3)),  # of a version without marks
-        (Mark(20, 4), [5, 3, 8], Mark(20, 3)),
-        (Mark(20, 4), [25, 7], Mark(25, 7)),
+        (Mark(), [5, 3, 8], Mark(9, 3)),  # of a version without marks
+        (Mark(20, 4), [5, 3, 8], Mark(21, 3)),
+        (Mark(20, 4), [25, 7], Mark(26, 7)),
         (Mark(20, 4), [], Mark(20, 21)),
     ],
 )
 def test_a_sound_index_says_what_is_left(noted: Mark, sequences: list[int], mark: Mark) -> None:
     assert noted.of(np.array(sequences, dtype=np.int64)) == mark
+
+
+def test_I8_a_start_outranks_every_mark_that_was_noted_or_nearly() -> None:
+    """The floor goes down where a version without marks wrote, or an emptying was not committed."""
+    noted = Mark(20, 4)
+    nearly = noted.after(0, empty=True)
+    for before in (noted, nearly):
+        assert before.of(np.array([5, 3])) > nearly

@@ -20,7 +20,7 @@ _NUMBERS = struct.Struct("<QQ")
 class Mark(NamedTuple):
     """Of two marks of one index the greater is the newer."""
 
-    sequence: int = 0  # the highest that was committed, its record may be gone
+    sequence: int = 0  # none that was committed is higher
     floor: int = 0  # no record of a lower sequence is left
 
     def encode(self) -> bytes:
@@ -52,8 +52,10 @@ class Mark(NamedTuple):
     def of(self, sequences: npt.NDArray[np.int64]) -> "Mark":
         """The mark of a sound index that has the records of these sequences, and noted this one.
 
-        A version that knows no marks may have written records since.
+        The floor may be lower than this one's: a version that knows no marks may have written
+        records since. On the pages there may also be the mark of a commit that was not finished.
+        The sequence goes up by one, so that neither is taken for the newer.
         """
         if not len(sequences):
             return self.after(0, empty=True)
-        return Mark(max(self.sequence, int(sequences.max())), int(sequences.min()))
+        return Mark(max(self.sequence, int(sequences.max())) + 1, int(sequences.min()))

@@ -17,11 +17,12 @@ from kvstore.durable import private_directory, sync_directory
 from kvstore.errors import ConfigError, CorruptError, KVStoreError
 from kvstore.faultpoint import faultpoint
 from kvstore.node.index_pages import PAGE_BYTES_MAX, IndexPages, read_metas
-from kvstore.node.ssd_file import DATA_NAME
+from kvstore.node.ssd_file import DATA_NAME, lost_file
 
 log = logging.getLogger(__name__)
 
 INDEX_NAME = "index"
+FILE_NAME = "data.mdb"
 FORMAT_VERSION = 2
 MAP_BYTES_MIN = 256 << 20
 ENTRY_BYTES = 1024  # of map for each block: several records, for copy-on-write
@@ -62,7 +63,7 @@ def _prove(path: Path, *, read_only: bool) -> None:
     that it never wrote at the end of the file, which are in no tree: they get their zeros here,
     unless nobody is going to write.
     """
-    file_path = path / "data.mdb"
+    file_path = path / FILE_NAME
     try:
         with open(file_path, "rb") as file:
             head = file.read(HEAD_BYTES)
@@ -85,7 +86,7 @@ def _prove(path: Path, *, read_only: bool) -> None:
 def _exists(folder: Path) -> bool:
     """Whether the directory has an index; CorruptError if it has lost the one that it had."""
     with contextlib.suppress(OSError):
-        if (folder / INDEX_NAME / "data.mdb").stat().st_size:
+        if (folder / INDEX_NAME / FILE_NAME).stat().st_size:
             return True
     with contextlib.suppress(OSError):
         if (folder / DATA_NAME).stat().st_size:  # made after the index was on the medium
@@ -122,7 +123,7 @@ class SsdIndex:
                 f"{folder} has no {INDEX_NAME}: it is not the SSD directory of a node; "
                 "that is its --ssd-dir, by default DATA_DIR/ssd"
             )
-        map_bytes = (folder / INDEX_NAME / "data.mdb").stat().st_size + MAP_BYTES_MIN
+        map_bytes = (folder / INDEX_NAME / FILE_NAME).stat().st_size + MAP_BYTES_MIN
         # Nobody else has it open: no file of locks is made, which a node could not open.
         self._open(folder, map_bytes, None, create=False, readonly=read_only, lock=False)
         return self
@@ -131,14 +132,16 @@ class SsdIndex:
         self, folder: Path, map_bytes: int, node_id: str | None, *, create: bool, **options: bool
     ) -> None:
         self.path = folder / INDEX_NAME
+        self._read_only = options.get("readonly", False)
         try:
             if create:
                 private_directory(self.path)
             if _exists(folder):
-                _prove(self.path, read_only=options.get("readonly", False))
+                _prove(self.path, read_only=self._read_only)
             self._env = lmdb.open(
                 str(self.path), map_size=map_bytes, max_dbs=3, mode=0o600, create=create, **options
             )
+            self._opened = os.stat(self.path / FILE_NAME)
         except (lmdb.Error, OSError) as error:
             raise ConfigError(f"SSD index {self.path}: {error}") from None
         try:
@@ -195,11 +198,17 @@ class SsdIndex:
             return Mark()
 
     def go_on_after(self, sequences: npt.NDArray[np.int64]) -> int:
-        """Takes in the sequences of all its records; the highest that was ever committed here.
+        """Takes in the sequences of all its records; new ones follow the one that it returns.
 
-        What was not noted of it yet is noted by the next commit.
+        It is noted at once, unless nothing may be changed; where the medium refuses that, by the
+        next commit.
         """
         self._mark = self._mark.of(sequences)
+        if not self._read_only:
+            try:
+                self.apply(())
+            except lmdb.Error as error:
+                log.error("SSD index %s: its mark is not noted yet: %s", self.path, error)
         return self._mark.sequence
 
     def data_bytes(self) -> int | None:
@@ -223,6 +232,34 @@ class SsdIndex:
                     txn.put(_DATA_BYTES_KEY, str(nbytes).encode())
         except lmdb.Error as error:
             raise refused(self.path, error) from None
+
+    def check_data_file(self) -> None:
+        """CorruptError if the data file is not there, or not as long, as its node made it."""
+        path = self.path.parent / DATA_NAME
+        noted = self.data_bytes()
+        with self._env.begin() as txn:
+            blocks = txn.stat(self._blocks)["entries"]
+        try:
+            nbytes = path.stat().st_size
+        except FileNotFoundError:
+            if noted is None and not blocks:
+                return
+            error = "it is missing, though its index is there"
+        except OSError as refused_by:
+            raise ConfigError(f"SSD file {path}: {refused_by.strerror}") from None
+        else:
+            if noted is None or nbytes >= noted:
+                return
+            error = f"it has {nbytes} of its {noted} bytes"
+        remedy = f"with the node stopped, `kvstore fsck {path.parent} --repair` drops what is lost"
+        raise CorruptError(f"SSD file {path}: {error}; {remedy}")
+
+    def lost(self) -> str:
+        """Why nothing that is committed here will be found again; empty while it will."""
+        pages = self._env.info()["last_pgno"] + 1
+        written = pages * self._env.stat()["psize"] - MISSING_BYTES_MAX
+        nbytes = max(self._opened.st_size, written)  # it only grows
+        return lost_file(self.path / FILE_NAME, self._opened, nbytes)
 
     def entries(self) -> tuple[list[bytes], list[bytes]]:
         """Keys and encoded records of every block; CorruptError if they cannot be read."""
