@@ -87,19 +87,6 @@ def test_removed_keys_leave_no_trace_that_slows_readers() -> None:
     assert (writer.live, writer.tombstones, writer.unpublished) == (0, 0, 0)
 
 
-def test_table_is_rebuilt_when_tombstones_fill_it() -> None:
-    writer, reader = make(entries=256)
-    keep = chain("keep", 90)
-    for key in keep[:45]:
-        writer.publish(key, Tier.DRAM)
-    writer.publish(keep[45:], Tier.SSD)
-    writer.tombstones = 190 - 90  # as after a long life
-    writer.publish(chain("more", 10), Tier.DRAM)
-    assert writer.tombstones == 0
-    assert writer.live == 100
-    assert reader.match(b"".join(keep)).tolist() == [2] * 45 + [3] * 45
-
-
 def test_I7_full_table_leaves_keys_out_and_counts_them() -> None:
     writer, reader = make(entries=128)
     writer.publish(KEYS[:200], Tier.DRAM)
@@ -169,28 +156,3 @@ def test_size_of_the_table() -> None:
     assert entries_for(0) == ENTRIES_MIN
     assert entries_for(1 << 30) == 4 * (1 << 30) // (16 << 10)
     assert entries_for(1 << 50) == ENTRIES_MAX
-
-
-def test_I7_a_directory_full_of_live_keys_is_not_rebuilt_at_every_change(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    rebuilds = 0
-    rebuild = DirectoryWriter._rebuild
-
-    def counted(writer: DirectoryWriter) -> None:
-        nonlocal rebuilds
-        rebuilds += 1
-        rebuild(writer)
-
-    monkeypatch.setattr(DirectoryWriter, "_rebuild", counted)
-    entries, removed = 1024, 0
-    writer, _ = make(entries)
-    held = chain("first", entries)
-    writer.publish(held, Tier.DRAM)
-    for i in range(200):
-        old, held = held[:8], held[8:] + chain(f"later {i}", 8)
-        writer.unpublish(old)
-        removed += len(old)
-        writer.publish(held[-8:], Tier.DRAM)
-    assert rebuilds <= removed / (entries / 8)
-    assert writer.live <= entries * 3 // 4

@@ -23,11 +23,14 @@ ENTRY_WORDS = 5
 ENTRIES_MIN = 1 << 10
 ENTRIES_MAX = 1 << 22
 PROBES_MAX = 128
+WINDOW = 4096  # places that are tidied in one go
+_KEYS_A_WINDOW = 64  # keys that enter for each window that is tidied
 _HEADER = struct.Struct("<8sIIQQQQQ")
 _CLOSED_AT = _HEADER.size
 _TOMBSTONE = 0xFF
 _TIER_SHIFT = np.uint64(32)
 _LOW = np.uint64(0xFFFFFFFF)
+_TOMBSTONE_HEAD = np.uint64(_TOMBSTONE << 32)
 
 Words = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
@@ -97,7 +100,9 @@ class DirectoryWriter:
         )
         self._mask = entries - 1
         self._limit = entries * 3 // 4
-        self._rebuild_at = max(1, entries // 8)  # tombstones
+        self._window = min(WINDOW, entries // 2)
+        self._tidied_to = 0  # the place that the next window begins at
+        self._tidy_from = max(1, entries // 32)  # tombstones
         self.live = 0  # keys in the table
         self.tombstones = 0
         self.unpublished = 0  # keys that found no place: calls still find them
@@ -110,17 +115,12 @@ class DirectoryWriter:
     def publish(self, keys: bytes | list[bytes], tier: int) -> None:
         """Enters distinct keys, or changes their tier."""
         words = _key_words(_joined(keys))
+        self._tidy(len(words))
         found, place = self._find(words)
         self._write_tier(place[found], tier)
         if found.all():
             return
         words, place = words[~found], place[~found]
-        crowded = self.live + self.tombstones + len(words) > self._limit
-        # A table that is full of live keys has a few tombstones at any time; each rebuild looks at
-        # every entry, so it has to win back many.
-        if crowded and self.tombstones >= self._rebuild_at:
-            self._rebuild()
-            place = self._find(words)[1]
         room = max(0, self._limit - self.live)
         self.unpublished += max(0, len(words) - room)
         self._insert(words[:room], place[:room], tier)
@@ -191,13 +191,16 @@ class DirectoryWriter:
                 place = self._find(words)[1]
 
     def _write_entries(self, slots: Rows, words: Words, tier: int) -> None:
-        versions = self._table[slots, 0]
-        self.tombstones -= int((versions >> _TIER_SHIFT == _TOMBSTONE).sum())
+        self.tombstones -= int((self._table[slots, 0] >> _TIER_SHIFT == _TOMBSTONE).sum())
         self.live += len(slots)
-        odd = (versions & _LOW) | np.uint64(1)
-        self._table[slots, 0] = odd
+        self._write_keys(slots, words, np.uint64(tier << 32))
+
+    def _write_keys(self, slots: Rows, words: Words, tiers: Words | np.uint64) -> None:
+        """Writes whole entries, tombstones meanwhile: readers go past them."""
+        odd = (self._table[slots, 0] & _LOW) | np.uint64(1)
+        self._table[slots, 0] = odd | _TOMBSTONE_HEAD
         self._table[slots, 1:] = words
-        self._table[slots, 0] = ((odd + np.uint64(1)) & _LOW) | np.uint64(tier << 32)
+        self._table[slots, 0] = ((odd + np.uint64(1)) & _LOW) | tiers
 
     def _write_tier(self, slots: Rows, tier: int) -> None:
         versions = ((self._table[slots, 0] & _LOW) + np.uint64(2)) & _LOW
@@ -213,16 +216,47 @@ class DirectoryWriter:
             self.tombstones -= len(clear)
             slots = (clear - 1) & self._mask
 
-    def _rebuild(self) -> None:
-        """Enters all live keys afresh, so that no tombstone is left; readers miss meanwhile."""
-        tiers = self._table[:, 0] >> _TIER_SHIFT
+    def _tidy(self, count: int) -> None:
+        """Wins tombstones back before ``count`` keys enter.
+
+        A window costs the same whatever it wins, so nothing happens below a 32nd of tombstones;
+        from there on it wins back twice what the keys that it is tidied for can have left.
+        """
+        for _ in range(1 + count // _KEYS_A_WINDOW):
+            if self.tombstones < self._tidy_from:
+                return
+            self._tidy_window()
+
+    def _tidy_window(self) -> None:
+        """Moves the keys of the next window as near to their first places as they can come.
+
+        Then its free places are empty, but for those that a key behind the window has passed: it
+        is no further than ``PROBES_MAX`` from its first place, which bounds what is looked at.
+        Readers may miss a key while it moves, and no other.
+        """
+        size = self._window
+        at = (self._tidied_to + np.arange(min(size + PROBES_MAX, self._mask + 1))) & self._mask
+        heads = self._table[at, 0]
+        tiers = heads >> _TIER_SHIFT
         live = np.flatnonzero((tiers != 0) & (tiers != _TOMBSTONE))
-        words, old = self._table[live, 1:], tiers[live]
-        self._write_tier(np.flatnonzero(tiers), 0)
-        self.live = self.tombstones = 0
-        for tier in np.unique(old).tolist():
-            some = np.ascontiguousarray(words[old == tier])
-            self._insert(some, self._find(some)[1], tier)
+        wanted = _first_place(self._table[at[live], 1:2], self._mask)
+        first = live - ((at[live] - wanted) & self._mask)  # as places count from the window's
+        inside = int(np.searchsorted(live, size))
+        passed = int(first[inside:].min(initial=size))
+        order = np.argsort(first[:inside], kind="stable")
+        rank = np.arange(inside)
+        target = rank + np.maximum.accumulate(np.maximum(first[order], 0) - rank)
+        places = np.arange(size)
+        source = places.copy()
+        source[target] = live[order]
+        after = np.where(places < passed, np.uint64(0), _TOMBSTONE_HEAD)
+        after[target] = heads[live[order]] & ~_LOW
+        changed = np.flatnonzero((source != places) | (after >> _TIER_SHIFT != tiers[:size]))
+        words = self._table[at[source[changed]], 1:]
+        self._write_keys(at[changed], words, after[changed])
+        self.tombstones += int((after == _TOMBSTONE_HEAD).sum())
+        self.tombstones -= int((tiers[:size] == _TOMBSTONE).sum())
+        self._tidied_to = int(at[size - min(PROBES_MAX, size // 2)])
 
 
 class DirectoryReader:
