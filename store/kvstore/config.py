@@ -48,7 +48,10 @@ def parse_size(value: str | int) -> int:
         raise ConfigError(f"size {value!r} is not understood; write it like 512MiB or 2GB")
     unit = (match[2] or "").lower().removesuffix("b")
     base = 1024 if unit.endswith("i") else 1000
-    return _in_range(float(match[1]) * base ** _POWERS[unit.removesuffix("i")], value)
+    nbytes = _in_range(float(match[1]) * base ** _POWERS[unit.removesuffix("i")], value)
+    if not nbytes and match[1].strip("0."):
+        raise ConfigError(f"size {value!r} is less than one byte; write 0 or at least 1")
+    return nbytes
 
 
 def _in_range(nbytes: float, written: str | int) -> int:

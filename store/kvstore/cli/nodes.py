@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvstore.cli.connection import connect
-from kvstore.cli.options import DEFAULT_MASTER, JsonOption, MasterOption
+from kvstore.cli.options import DEFAULT_MASTER, JsonOption, MasterOption, not_empty
 from kvstore.cli.output import (
     Fit,
     console,
@@ -33,7 +33,12 @@ JUST_NOW_MS = 10_000
 
 def nodes(
     forget: Annotated[
-        str, typer.Option(metavar="ID", help="Take this lost node off the list, for good.")
+        str,
+        typer.Option(
+            metavar="ID",
+            callback=not_empty,
+            help="Take this lost node off the list, for good.",
+        ),
     ] = "",
     master: MasterOption = DEFAULT_MASTER,
     as_json: JsonOption = False,

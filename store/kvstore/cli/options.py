@@ -41,12 +41,22 @@ def _check_size(value: str) -> str:
     return value
 
 
+def not_empty(context: typer.Context, option: typer.CallbackParam, value: str) -> str:
+    """A callback: an option may be left out, but an unset variable must not mean "all"."""
+    source = context.get_parameter_source(str(option.name))
+    if not value.strip() and source is not None and source.name != "DEFAULT":
+        raise typer.BadParameter(f"it is empty; leave {option.opts[0]} out, or give it a value")
+    return value
+
+
 def read_keys(value: str) -> bytes:
-    """Keys as comma-separated hex digits, joined as they travel."""
+    """Keys as comma-separated hex digits, joined as they travel; none for ``""`` alone."""
     try:
         keys = [bytes.fromhex(part.strip()) for part in value.split(",") if part.strip()]
     except ValueError:
         raise typer.BadParameter(f"{value!r}: keys are hex digits") from None
+    if value and not keys:
+        raise typer.BadParameter(f"{value!r} has no key; `blocks --json` has them")
     if any(len(key) != KEY_BYTES for key in keys):
         raise typer.BadParameter(f"a key has {2 * KEY_BYTES} hex digits; `blocks --json` has them")
     return b"".join(keys)
@@ -58,18 +68,26 @@ MasterOption = Annotated[
         "--master",
         envvar="KVSTORE_MASTER",
         metavar="HOST:PORT",
+        callback=not_empty,
         help="Address of the master, or unix:PATH.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 NodeOption = Annotated[
-    str, typer.Option("--node", metavar="ID", help="Only this node; `kvstore nodes` lists them.")
+    str,
+    typer.Option(
+        "--node",
+        metavar="ID",
+        callback=not_empty,
+        help="Only this node; `kvstore nodes` lists them.",
+    ),
 ]
 NamespaceOption = Annotated[
     str,
     typer.Option(
         "--namespace",
         metavar="HEX",
+        callback=not_empty,
         help="First digits of a namespace's root; `kvstore status` lists them.",
     ),
 ]

@@ -14,6 +14,7 @@ from kvstore.cli.options import (
     NamespaceOption,
     NodeOption,
     OwnTierName,
+    not_empty,
     read_keys,
     size_option,
     tier_number,
@@ -29,7 +30,12 @@ def evict(
     node: NodeOption = "",
     limit: Annotated[str, size_option("--bytes", "Stop after this many bytes; 0: all.")] = "0",
     keys: Annotated[
-        str, typer.Option(metavar="HEX,…", help="Only these blocks; `blocks --json` has keys.")
+        str,
+        typer.Option(
+            metavar="HEX,…",
+            callback=not_empty,
+            help="Only these blocks; `blocks --json` has keys.",
+        ),
     ] = "",
     drop: Annotated[
         bool, typer.Option("--drop", help="Also drop blocks that have no other copy.")
