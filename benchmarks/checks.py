@@ -51,7 +51,7 @@ def _node_off(flags: Sequence[str]) -> None:
         (ssd_block, "verify", lambda *_: True),
         (Blocks, "count", lambda *_: None),
         (SlotSpace, "move", lambda *_: None),
-        (RequestChecks, "holds", lambda *_: None),
+        (RequestChecks, "wait_s", lambda _checks, _session, timeout_s, _waiting: timeout_s),
     ):
         mock.patch.object(owner, name, off).start()
     daemon.main(flags)
