@@ -14,7 +14,7 @@ from kvstore.master.config import MasterConfig
 from kvstore.master.membership import Membership, NodeLink, NodeState
 from kvstore.master.state.base import KnownNode
 from kvstore.master.state.lmdb import LmdbState
-from kvstore.master.watch import EVENTS_QUEUED_MAX, WATCHERS_MAX, Watchers
+from kvstore.master.watch import BYTES_QUEUED_MAX, EVENTS_QUEUED_MAX, WATCHERS_MAX, Watchers
 from kvstore_proto import master_pb2
 from prometheus_client import generate_latest
 
@@ -143,6 +143,21 @@ async def test_I7_a_slow_watcher_is_cut_off_with_a_reason() -> None:
             await watcher.next()
         with pytest.raises(ResourceExhaustedError, match="watch again"):
             await asyncio.wait_for(watcher.next(), 1.0)
+
+
+async def test_I7_a_slow_watcher_holds_a_bounded_number_of_bytes() -> None:
+    watchers = Watchers()
+    with watchers.subscribe(b"") as watcher:
+        for _ in range(10):
+            watchers.publish(master_pb2.BlockEvents(removed=bytes(16 << 20)))
+        for _ in range((BYTES_QUEUED_MAX >> 24) - 1):  # a message has a little more than its keys
+            await watcher.next()
+        with pytest.raises(ResourceExhaustedError, match="64 MiB"):
+            await watcher.next()
+    with watchers.subscribe(b"") as watcher:
+        for _ in range(3):
+            watchers.publish(master_pb2.BlockEvents(removed=bytes(BYTES_QUEUED_MAX + 32)))
+            assert (await watcher.next()).removed, "one message alone always fits"
 
 
 async def test_I7_watchers_are_bounded() -> None:

@@ -12,6 +12,7 @@ from kvstore.master.messages import tier_value
 
 WATCHERS_MAX = 64
 EVENTS_QUEUED_MAX = 4096
+BYTES_QUEUED_MAX = 64 << 20  # of one watcher
 
 
 class Watcher:
@@ -20,23 +21,29 @@ class Watcher:
     def __init__(self, root: bytes) -> None:
         self.root = root
         self._queue: asyncio.Queue[master_pb2.BlockEvents] = asyncio.Queue(EVENTS_QUEUED_MAX)
+        self._bytes = 0
         self._behind = False
 
     def put(self, events: master_pb2.BlockEvents) -> None:
-        """Queues events; a watcher whose queue is full gets no more."""
-        if self._behind or self._queue.full():
+        """Queues events; a watcher whose queue is full gets no more. One message always fits."""
+        waiting = self._bytes + events.ByteSize()
+        too_much = waiting > BYTES_QUEUED_MAX and not self._queue.empty()
+        if self._behind or self._queue.full() or too_much:
             self._behind = True
         else:
+            self._bytes = waiting
             self._queue.put_nowait(events)
 
     async def next(self) -> master_pb2.BlockEvents:
         """The next events; ResourceExhaustedError where some had to be dropped."""
         if self._behind and self._queue.empty():
             raise ResourceExhaustedError(
-                f"more than {EVENTS_QUEUED_MAX} events were waiting and some were dropped; list "
-                "the blocks and watch again"
+                f"more than {EVENTS_QUEUED_MAX} events, or {BYTES_QUEUED_MAX >> 20} MiB, were "
+                "waiting and some were dropped; list the blocks and watch again"
             )
-        return await self._queue.get()
+        events = await self._queue.get()
+        self._bytes -= events.ByteSize()
+        return events
 
 
 class Watchers:
