@@ -220,3 +220,44 @@ async def test_a_node_that_reads_no_directives_is_ended(master: Master) -> None:
     code, why = await node.status()
     assert code is grpc.StatusCode.UNAVAILABLE
     assert "does not read its directives" in why
+
+
+async def test_I11_odd_numbers_of_a_node_break_no_answer(
+    master: Master, caplog: pytest.LogCaptureFixture
+) -> None:
+    most = 2**64 - 1
+    nodes = [await master.ready_node(name) for name in ("node-a", "node-b")]
+    usage = common_pb2.TierUsage(
+        tier=DRAM, capacity_bytes=most, free_bytes=most, live_bytes=5, blocks=most
+    )
+    odd = common_pb2.TierUsage(tier=77, capacity_bytes=1)  # type: ignore[arg-type]
+    for node in nodes:
+        for _ in range(2):
+            await node.report(heartbeat=master_pb2.Heartbeat(tiers=[usage, odd, usage], sessions=1))
+    await until(lambda: all(n.sessions for n in master.cluster.members.connected()))
+    status = await master.admin.Status(admin_pb2.StatusRequest())
+    assert [(t.tier, t.capacity_bytes, t.live_bytes) for t in status.tiers] == [(DRAM, most, 10)]
+    listed = await master.admin.ListNodes(admin_pb2.ListNodesRequest())
+    assert [[t.tier for t in n.tiers] for n in listed.nodes] == [[DRAM], [DRAM]]
+    assert caplog.text.count("node node-a reports the space of tiers 2, 77, 2") == 1
+    purge = master.admin.Purge(admin_pb2.PurgeRequest(all=True))
+    for node in nodes:
+        await node.answer(blocks=most, bytes=most, pinned=most)
+    answer = await purge
+    assert (answer.blocks, answer.bytes, answer.pinned, answer.nodes) == (most, most, most, 2)
+
+
+async def test_a_prompt_of_unknown_or_very_small_blocks_is_refused(master: Master) -> None:
+    node = await master.node()
+    await node.report(namespace=master_pb2.NamespaceReport(root=b"u" * 32))
+    small = CacheSpec.raw("small", block_bytes=4096, block_tokens=1)
+    await node.namespace(small)
+    await until(lambda: len(master.cluster.namespaces) == 2)
+    for root, tokens, code, why in (
+        (b"u" * 32, 8, grpc.StatusCode.FAILED_PRECONDITION, "no node has told how many tokens"),
+        (namespace_root(small), 131_073, grpc.StatusCode.INVALID_ARGUMENT, "131073 blocks of 1"),
+    ):
+        request = admin_pb2.LocatePromptRequest(root=root, tokens=[1] * tokens)
+        status, details = await refusal(master.admin.LocatePrompt(request))
+        assert status is code
+        assert why in details

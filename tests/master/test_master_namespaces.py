@@ -220,6 +220,66 @@ async def test_I7_a_stream_that_breaks_during_a_write_leaves_medium_and_memory_a
         await drop(node, i)
 
 
+async def test_a_namespace_that_could_not_be_kept_is_tried_again(
+    master: Master, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(_report: object, _dropped: object) -> None:
+        raise ResourceExhaustedError("no room")
+
+    node = await master.node()
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(master.cluster._state, "put_namespace", full)
+        for name in ("a", "b", "gone"):
+            await node.namespace(spec(name))
+        await drop(node, "gone")
+        for _ in range(3):
+            await settled(node, master)
+        assert names(master) == set()
+        assert caplog.text.count("is not kept: no room") == 3, "each is logged once"
+    await node.heartbeat()
+    await until(lambda: master.cluster.index.reported.keys() == {root("a"), root("b")})
+    assert names(master) == {"a", "b"}
+
+
+async def test_a_report_without_a_spec_leaves_the_one_that_is_known(master: Master) -> None:
+    first, second = await master.node("node-a"), await master.node("node-b")
+    await first.namespace(spec("a"))
+    await settled(first, master)
+    await second.report(namespace=master_pb2.NamespaceReport(root=root("a")))
+    await second.report(namespace=master_pb2.NamespaceReport(root=root("b")))
+    await second.namespace(spec("b"))
+    await settled(second, master)
+    assert names(master) == {"a", "b"}
+    assert master.cluster.index.reported[root("a")] == 2
+
+
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        ({"block_tokens": 0}, "block_tokens is 0"),
+        ({"block_bytes": 1 << 40}, "block_bytes is"),
+        ({"model": "m" * 5000}, "model is longer than 4096"),
+        ({"format_version": 9}, "format_version is 9"),
+        ({"tenant": "t" * 5000}, "tenant has 5000 bytes"),
+    ],
+)
+async def test_I11_a_namespace_that_can_be_none_is_refused_and_the_node_stays(
+    odd: dict[str, Any], why: str, master: Master, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = await master.node()
+    bad = report("odd")
+    for field, value in odd.items():
+        setattr(bad if field == "tenant" else bad.spec, field, value)
+    with caplog.at_level(logging.WARNING):
+        await node.report(namespace=bad)
+        await node.namespace(spec("a"))
+        await settled(node, master)
+    assert names(master) == {"a"}
+    assert f"namespace {root('odd').hex()} of node node-a is refused" in caplog.text
+    assert why in caplog.text
+    assert len(caplog.text) < 1000
+
+
 def test_I7_places_of_dropped_namespaces_are_forgotten() -> None:
     locations = Locations()
     kept = locations.place("a", Tier.DRAM, b"k" * 32)

@@ -17,15 +17,17 @@ from kvstore.errors import (
     InvalidArgumentError,
     KVStoreError,
     NotFoundError,
+    PreconditionError,
     UnavailableError,
 )
 from kvstore.master.cluster import Cluster
 from kvstore.master.membership import PROTOCOL_VERSION, Node, NodeState
-from kvstore.master.messages import check_root, end_value, run_message, tier_value
+from kvstore.master.messages import check_root, clamped, end_value, run_message, tier_value
 
 LIST_ROWS = 100
 LIST_ROWS_MAX = 10_000
 PROMPT_TOKENS_MAX = 1 << 22
+PROMPT_BLOCKS_MAX = 131_072
 DIRECTIVE_TIMEOUT_S = 60.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -155,9 +157,18 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         if len(request.tokens) > PROMPT_TOKENS_MAX:
             raise InvalidArgumentError(f"a prompt has at most {PROMPT_TOKENS_MAX} tokens here")
         block_tokens = report.spec.block_tokens
-        keys = block_keys(
-            report.root, request.tokens, block_tokens, salt_extra(request.cache_salt or None)
-        )
+        if not block_tokens:
+            raise PreconditionError(
+                f"no node has told how many tokens a block of namespace {report.root.hex()} has; a "
+                "client that opens it tells its node"
+            )
+        if (blocks := len(request.tokens) // block_tokens) > PROMPT_BLOCKS_MAX:
+            raise InvalidArgumentError(
+                f"the prompt has {blocks} blocks of {block_tokens} tokens; at most "
+                f"{PROMPT_BLOCKS_MAX} are located at once"
+            )
+        salt = salt_extra(request.cache_salt or None)
+        keys = await asyncio.to_thread(block_keys, report.root, request.tokens, block_tokens, salt)
         located = self._cluster.locations.copies(join_keys(keys))
         return admin_pb2.LocatePromptResponse(
             blocks=len(keys),
@@ -234,9 +245,9 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         except KVStoreError as error:
             self._note_error(node, str(error), answer)
             return
-        answer.blocks += result.blocks
-        answer.bytes += result.bytes
-        answer.pinned += result.pinned
+        answer.blocks = clamped(answer.blocks + result.blocks)
+        answer.bytes = clamped(answer.bytes + result.bytes)
+        answer.pinned = clamped(answer.pinned + result.pinned)
         if result.error:
             self._note_error(node, result.error, answer)
             return
@@ -306,6 +317,6 @@ def _sum_tiers(nodes: list[Node], hbm_blocks: int) -> list[common_pb2.TierUsage]
     for usage in (usage for node in nodes for usage in node.tiers):
         sums.setdefault(usage.tier, Counter()).update({n: getattr(usage, n) for n in names})
     return [
-        common_pb2.TierUsage(tier=tier, **sums[tier])  # type: ignore[arg-type]
+        common_pb2.TierUsage(tier=tier, **{n: clamped(v) for n, v in sums[tier].items()})  # type: ignore[arg-type]
         for tier in sorted(sums)
     ]

@@ -69,15 +69,21 @@ class Cluster:
         log.info("node %s is forgotten", node_id)
 
     async def add_namespace(self, report: master_pb2.NamespaceReport) -> None:
-        """Keeps what a namespace is.
+        """Keeps what a namespace is; a report without a spec leaves the one that is known.
 
         At the limit the one goes that was reported longest ago, of those that no node here has and
         that have no blocks; ResourceExhaustedError if there is none, or if it cannot be durable.
         """
         root = report.root
-        while self.namespaces.get(root) != report:
+        while not self._knows(report):
             await self._whole(self._put_namespace(report))
         self.namespaces[root] = self.namespaces.pop(root)
+
+    def _knows(self, report: master_pb2.NamespaceReport) -> bool:
+        known = self.namespaces.get(report.root)
+        if known is None:
+            return False
+        return known == report or (known.HasField("spec") and not report.HasField("spec"))
 
     async def written(self) -> None:
         """Returns when no write is under way; to be awaited before the state is closed."""
@@ -93,7 +99,7 @@ class Cluster:
 
     async def _put_namespace(self, report: master_pb2.NamespaceReport) -> None:
         async with self._writing:
-            if self.namespaces.get(report.root) != report:
+            if not self._knows(report):
                 await self._write_namespace(report)
 
     async def _write_namespace(self, report: master_pb2.NamespaceReport) -> None:

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 
-from kvstore_proto import master_pb2
+from kvstore_proto import common_pb2, master_pb2
 
 import kvstore
 from kvstore.core.keys import KEY_BYTES
@@ -12,7 +12,7 @@ from kvstore.core.types import Tier
 from kvstore.errors import InvalidArgumentError, PreconditionError
 from kvstore.master.config import MasterConfig
 from kvstore.master.membership import Membership, Node, NodeLink, NodeState
-from kvstore.master.messages import check_root
+from kvstore.master.messages import REAL_TIERS, check_root, real_tiers
 from kvstore.master.metrics import MasterMetrics
 from kvstore.master.state.base import KnownNode
 from kvstore.master.watch import Watchers
@@ -23,7 +23,6 @@ EPOCH_STEP_MAX = 1 << 20  # a master begins one epoch a start
 RESYNCS_MAX = 3
 PROBLEMS_MAX = 8  # of one node
 PROBLEM_CHARS_MAX = 1024
-INDEXED_TIERS = (Tier.HBM, Tier.DRAM, Tier.SSD)
 
 
 class ClusterIndex:
@@ -143,7 +142,7 @@ class ClusterIndex:
                 self._index(link.node_id, report.delta)
             case "heartbeat":
                 node.sessions = report.heartbeat.sessions
-                node.tiers = list(report.heartbeat.tiers)
+                node.tiers = self._real_tiers(link, report.heartbeat)
                 node.ssd_admission = report.heartbeat.ssd_admission[:PROBLEM_CHARS_MAX]
                 node.problems = [
                     text[:PROBLEM_CHARS_MAX] for text in report.heartbeat.problems[:PROBLEMS_MAX]
@@ -151,11 +150,26 @@ class ClusterIndex:
             case "dropped":
                 check_root(report.dropped.root)
                 self._has_no_more(link, report.dropped.root)
+                link.unkept.pop(report.dropped.root, None)
                 self.locations.remove_namespace(link.node_id, report.dropped.root)
             case "result":
                 link.resolve(report.result)
             case "hello":
                 raise PreconditionError("a session has one hello, the first report")
+
+    def _real_tiers(
+        self, link: NodeLink, heartbeat: master_pb2.Heartbeat
+    ) -> list[common_pb2.TierUsage]:
+        tiers = real_tiers(heartbeat.tiers)
+        if len(tiers) < len(heartbeat.tiers) and not link.odd_tiers:
+            link.odd_tiers = True
+            log.warning(
+                "node %s reports the space of tiers %s; of these only HBM (1), DRAM (2) and SSD "
+                "(3) count, each once",
+                link.node_id,
+                ", ".join(str(int(usage.tier)) for usage in heartbeat.tiers[:8]),
+            )
+        return tiers
 
     def _take_inventory(self, link: NodeLink, events: master_pb2.BlockEvents) -> None:
         self._restart_inventory(link)
@@ -189,7 +203,7 @@ class ClusterIndex:
     def _index(self, node_id: str, events: master_pb2.BlockEvents) -> None:
         """Applies what changed in one tier: cleared, then removed, then stored."""
         check_root(events.root)
-        if int(events.tier) not in INDEXED_TIERS:
+        if int(events.tier) not in REAL_TIERS:
             raise InvalidArgumentError(
                 f"blocks cannot be in tier {events.tier}; take HBM, DRAM, SSD"
             )

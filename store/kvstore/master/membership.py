@@ -44,6 +44,8 @@ class NodeLink:
         self.restart_inventory = False
         self.ended_because = ""
         self.roots: set[bytes] = set()  # namespaces that this node has
+        self.unkept: dict[bytes, master_pb2.NamespaceReport] = {}  # those that were not kept yet
+        self.odd_tiers = False  # whether it was logged that this node names tiers that are none
         self._task = task
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[master_pb2.DirectiveResult]] = {}

@@ -11,19 +11,21 @@ from kvstore_proto import master_pb2, master_pb2_grpc
 
 from kvstore.core.keys import KEY_BYTES
 from kvstore.errors import (
+    InvalidArgumentError,
     PreconditionError,
     ResourceExhaustedError,
     UnavailableError,
 )
 from kvstore.master.cluster import Cluster
 from kvstore.master.membership import Node, NodeLink, check_hello
-from kvstore.master.messages import check_root, end_value, run_message
+from kvstore.master.messages import check_namespace, check_root, end_value, run_message
 
 log = logging.getLogger(__name__)
 
 LOCATE_KEYS_MAX = 131_072
 HELLO_TIMEOUT_S = 10.0
 LAST_WRITE_S = 1.0
+UNKEPT_MAX = 1024  # namespaces of one node that are tried again
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -65,17 +67,43 @@ class MasterService(master_pb2_grpc.MasterServicer):
         self._cluster.index.take(node, link, report, time.monotonic())
         if kind == "namespace":
             await self._take_namespace(node, link, report.namespace)
+        elif kind == "heartbeat":
+            await self._keep_again(node, link)
 
     async def _take_namespace(
         self, node: Node, link: NodeLink, report: master_pb2.NamespaceReport
     ) -> None:
         check_root(report.root)
         try:
+            check_namespace(report)
+        except InvalidArgumentError as error:
+            log.warning(
+                "namespace %s of node %s is refused: %s", report.root.hex(), link.node_id, error
+            )
+        else:
+            await self._keep(node, link, report)
+
+    async def _keep(self, node: Node, link: NodeLink, report: master_pb2.NamespaceReport) -> bool:
+        """Whether the namespace is kept now; if not, it is noted, for a node tells it once."""
+        root = report.root
+        try:
             await self._cluster.add_namespace(report)
         except ResourceExhaustedError as error:
-            log.warning("namespace %s is not kept: %s", report.root.hex(), error)
-        else:
-            self._cluster.index.has(node, link, report.root)
+            if root not in link.unkept:
+                log.warning("namespace %s is not kept: %s", root.hex(), error)
+            if root in link.unkept or len(link.unkept) < UNKEPT_MAX:
+                link.unkept[root] = report
+            return False
+        if link.unkept.pop(root, None) is not None:
+            log.info("namespace %s is kept now", root.hex())
+        self._cluster.index.has(node, link, root)
+        return True
+
+    async def _keep_again(self, node: Node, link: NodeLink) -> None:
+        """Tries those that were not kept, until one still cannot be."""
+        while link.unkept:
+            if not await self._keep(node, link, next(iter(link.unkept.values()))):
+                return
 
     async def Locate(  # noqa: N802
         self, request: master_pb2.LocateRequest, context: Context
