@@ -1,7 +1,7 @@
 """Figures as people read them."""
 
 import pytest
-from kvstore.cli.output import bar, count, duration, size
+from kvstore.cli.output import bar, count, duration, size, tier_name
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,7 @@ def test_count() -> None:
 )
 def test_bar(parts: list[tuple[int, str]], total: int, picture: str) -> None:
     assert bar(parts, total, cells=5).plain == picture
+
+
+def test_a_tier_of_another_build_is_shown_as_its_number() -> None:
+    assert (tier_name(2), tier_name(77)) == ("DRAM", "77")

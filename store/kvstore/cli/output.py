@@ -107,7 +107,9 @@ def print_problems(problems: Sequence[str]) -> None:
 
 
 def tier_name(tier: int) -> str:
-    """``DRAM`` of ``TIER_DRAM``."""
+    """``DRAM`` of ``TIER_DRAM``; the number of a tier that this build does not know."""
+    if tier not in common_pb2.Tier.values():
+        return str(tier)
     return common_pb2.Tier.Name(common_pb2.Tier.ValueType(tier)).removeprefix("TIER_")
 
 
