@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from kvstore.core.node_core import NodeCore
 from kvstore.core.types import Tier
@@ -14,10 +15,12 @@ EVERY_S = 10.0
 class Auditor:
     """A broken promise is a bug of the node: it is counted and logged, the node serves on."""
 
-    def __init__(self, core: NodeCore) -> None:
+    def __init__(self, core: NodeCore, look: Callable[[], None] = lambda: None) -> None:
+        """``look`` looks at the files of the node; called on a thread, also when it is busy."""
         self.broken = {"I4": 0, "I6": 0}  # audits that found it so
         self.imbalance_bytes: dict[Tier, int] = {usage.tier: 0 for usage in core.usage()}
         self._core = core
+        self._look = look
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -33,11 +36,12 @@ class Auditor:
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(EVERY_S)
-            if self._core.idle():
-                try:
+            try:
+                await asyncio.to_thread(self._look)
+                if self._core.idle():
                     self.check()
-                except Exception:  # a bug; what it should have found may show yet
-                    log.exception("an audit failed")
+            except Exception:  # a bug; what it should have found may show yet
+                log.exception("an audit failed")
 
     def check(self) -> None:
         """One audit."""

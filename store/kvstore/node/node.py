@@ -95,7 +95,7 @@ class Node:
             )
             ssd = self._open_ssd(resources, core_config) if config.ssd else None
             self.core = NodeCore(core_config, self.directory)
-            self.auditor = Auditor(self.core)
+            self.auditor = Auditor(self.core, self._look_at_ssd)
             self.driver = Driver(self.core, self._block_events)
             resources.callback(self.driver.close)
             self.clients = Clients(
@@ -152,6 +152,10 @@ class Node:
             resources.callback(DirectoryLock(folder).release)
         index = SsdIndex(folder, core_config.blocks_max, self.node_id)
         resources.callback(index.close)
+        index.check_data_file()
+        # Before the file is made shorter: else it would look cut off after a crash in between.
+        if (index.data_bytes() or 0) > core_config.ssd_bytes:
+            index.note_data_bytes(core_config.ssd_bytes)
         file = SsdFile(folder, core_config.ssd_bytes)
         resources.callback(file.close)
         index.note_data_bytes(file.capacity_bytes)
@@ -185,6 +189,10 @@ class Node:
         if self.config.scrub_mb_s:
             self.scrubber = Scrubber(self.driver, path, self.config.scrub_mb_s)
             resources.callback(self.scrubber.close)
+
+    def _look_at_ssd(self) -> None:
+        if self.driver.ssd is not None:
+            self.driver.ssd.look()
 
     def start(self) -> None:
         """Begins what goes on in the background; the node serves already."""

@@ -72,6 +72,10 @@ class SsdTier:
         """Why the index takes nothing for now; empty while it does."""
         return self._writer.full
 
+    def look(self) -> None:
+        """Fails where its files were taken from under it; called on any thread."""
+        self._writer.look()
+
     def submit_reads(self, reads: Sequence[ReadSsd]) -> None:
         """Starts reads; neighbours on the medium go as one request."""
         self._started(len(reads))

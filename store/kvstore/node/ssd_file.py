@@ -106,6 +106,10 @@ class SsdFile:
                 raise OSError(errno.EIO, f"{self.path} took no bytes at {offset + done}")
             done += step
 
+    def lost(self) -> str:
+        """Why nothing that is written here will be found again; empty while it will."""
+        return lost_file(self.path, os.fstat(self._descriptor), self.capacity_bytes)
+
     def sync(self) -> None:
         """Makes everything written so far survive power loss."""
         os.fdatasync(self._descriptor)
@@ -113,6 +117,19 @@ class SsdFile:
     def close(self) -> None:
         """Closes the file."""
         os.close(self._descriptor)
+
+
+def lost_file(path: Path, opened: os.stat_result, nbytes: int) -> str:
+    """What has become of an open file; empty while ``path`` leads to it and it has ``nbytes``."""
+    try:
+        named = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{path} was removed"
+    if not os.path.samestat(named, opened):
+        return f"{path} was replaced"
+    if named.st_size < nbytes:
+        return f"{path} was cut off: it has {named.st_size} of its {nbytes} bytes"
+    return ""
 
 
 def _after(buffers: Sequence[memoryview], skip: int) -> list[memoryview]:

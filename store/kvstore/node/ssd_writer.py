@@ -112,6 +112,11 @@ class SsdWriter:
         """
         self._ready.put(drops)
 
+    def look(self) -> None:
+        """Fails where data file or index are not to be found again under their names."""
+        if lost := self._lost():
+            self._fail(lost)
+
     def close(self) -> None:
         """Ends the threads after what they have in hand."""
         self._writes.put(None)
@@ -208,6 +213,10 @@ class SsdWriter:
                 self._fail(f"index commit: {error}")
                 self._report_lost(drops, writes)
             return
+        if lost := self._lost():
+            self._fail(lost)
+            self._report_lost(drops, writes)
+            return
         if self.full and changes:
             log.info("SSD index has room again")
             self.full = ""
@@ -285,6 +294,9 @@ class SsdWriter:
             return True
         log.error("block %s in DRAM is not what was committed: dropped", op.key.hex()[:16])
         return False
+
+    def _lost(self) -> str:
+        return self.file.lost() or self.index.lost()
 
     def _fail(self, reason: str) -> None:
         if not self.failed:
