@@ -1,21 +1,30 @@
 """kvstore fsck's repair of an index: of what its pages still hold, the bytes say what is true."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from kvstore.core.fsck import Fault, count_faults
 from kvstore.core.ssd_mark import Mark
+from kvstore.core.ssd_record import NO_PARENT, SHARDS_MAX, SsdRecord
 from kvstore.core.types import Tier
+from kvstore.errors import ConfigError
+from kvstore.faultpoint import enable_faultpoints
 from kvstore.node import fsck as check
+from kvstore.node import ssd_index
+from kvstore.node.index_rebuild import IndexRebuild
 
 from tests.node.rig import SYNCED, LocalNode, RawSession, keys_of
 from tests.node.ssd_directory import (
     PAGE,
+    ROOT,
     SLOTS,
     Directory,
+    key_of,
     lose_the_root,
     mark_in,
     run,
@@ -228,3 +237,34 @@ def test_a_repair_by_root_gives_away_nothing_that_a_link_names(
         (directory.path / "moved").rename(directory.path / "index")
     assert (directory.path / "index" / "data.mdb").stat().st_uid == 12345
     assert directory.kept().keys() == {0}
+
+
+def test_a_new_index_has_room_for_records_of_many_shards(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssd_index, "MAP_BYTES_MIN", 256 << 10)
+    directory.write(0, 0, 1)
+    directory.lose_the_root()
+    sums = tuple(range(SHARDS_MAX))
+    records = [
+        SsdRecord(key_of(number), ROOT, NO_PARENT, PAGE, number * PAGE, sums, number + 1)
+        for number in range(1000)
+    ]
+    with contextlib.closing(IndexRebuild(directory.path)) as rebuild:
+        rebuild.replace(records, np.arange(1, 1001))
+    assert directory.kept().keys() == set(range(1000))
+
+
+def test_a_new_index_without_its_namespaces_is_not_put_into_place(directory: Directory) -> None:
+    directory.index.add_namespace(ROOT, b"")
+    directory.write(0, 0, 1)
+    directory.lose_the_root()
+    damaged = (directory.path / "index" / "data.mdb").read_bytes()
+    enable_faultpoints({"KVSTORE_FAULTPOINTS": "ssd.namespaces:enospc"})
+    try:
+        with pytest.raises(ConfigError, match="takes no namespaces"):
+            run(directory.path, repair=True)
+    finally:
+        enable_faultpoints({})
+    assert (directory.path / "index" / "data.mdb").read_bytes() == damaged
+    assert not (directory.path / "index.new").exists()

@@ -20,11 +20,17 @@ from kvstore.core.ssd_record import SsdRecord
 from kvstore.durable import sync_directory
 from kvstore.errors import ConfigError, CorruptError
 from kvstore.node.index_pages import IndexPages, read_metas
-from kvstore.node.ssd_index import HEAD_BYTES, INDEX_NAME, MARK_KEY, NODE_KEY, SsdIndex
+from kvstore.node.ssd_index import (
+    FILE_NAME,
+    HEAD_BYTES,
+    INDEX_NAME,
+    MARK_KEY,
+    NODE_KEY,
+    SsdIndex,
+)
 
 DAMAGED_NAME = "data.mdb.damaged"
 NEW_NAME = "index.new"
-FILE_NAME = "data.mdb"
 LOCK_NAME = "lock.mdb"
 PROBE_NAME = "probe"
 PROBE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -108,10 +114,11 @@ class IndexRebuild:
         saved = self.saved
         encoded = sorted((record.key, record.encode()) for record in records)
         folder = Path(f"/proc/self/fd/{self._descriptor}")
-        index = SsdIndex(folder, len(encoded), saved.node_id)
+        records_bytes = sum(len(key) + len(value) for key, value in encoded)
+        index = SsdIndex(folder, len(encoded), saved.node_id, records_bytes=records_bytes)
         try:
-            for root, namespace in saved.namespaces.items():
-                index.add_namespace(root, namespace)
+            if not index.change_namespaces(saved.namespaces, frozenset()):
+                raise ConfigError(f"SSD index {self._path}: the new one takes no namespaces")
             newest = int(sequences.max()) if len(sequences) else 0
             index.apply(encoded, max(newest, saved.mark.sequence))
         finally:

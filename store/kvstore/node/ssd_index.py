@@ -26,6 +26,7 @@ FILE_NAME = "data.mdb"
 FORMAT_VERSION = 2
 MAP_BYTES_MIN = 256 << 20
 ENTRY_BYTES = 1024  # of map for each block: several records, for copy-on-write
+ROOM_FACTOR = 4  # of map for the bytes of records: pages half empty, and those that are copied
 DATABASES = frozenset({"meta", "blocks", "namespaces"})
 _FORMAT_KEY = b"format_version"
 NODE_KEY = b"node_id"
@@ -97,12 +98,15 @@ def _exists(folder: Path) -> bool:
 class SsdIndex:
     """What the data file holds; each ``apply`` is one transaction, on disk when it returns."""
 
-    def __init__(self, folder: Path, blocks_max: int, node_id: str) -> None:
-        """Opens or creates the index.
+    def __init__(
+        self, folder: Path, blocks_max: int, node_id: str, *, records_bytes: int = 0
+    ) -> None:
+        """Opens or creates the index, with room for ``records_bytes`` of keys and records.
 
         ConfigError if another format or node owns it; CorruptError if it is damaged.
         """
-        map_bytes = max(MAP_BYTES_MIN, blocks_max * ENTRY_BYTES)
+        room_bytes = max(blocks_max * ENTRY_BYTES, records_bytes * ROOM_FACTOR)
+        map_bytes = max(MAP_BYTES_MIN, room_bytes)
         self._open(folder, map_bytes, node_id, create=True)
         try:
             sync_directory(self.path)
