@@ -63,9 +63,11 @@ class SsdColumns:
         """Keys, roots or parents, 32 bytes each."""
         return np.ascontiguousarray(self.entries[name]).tobytes()
 
-    def roots(self) -> set[bytes]:
-        """Of all namespaces that have a record."""
-        return set(self.entries["root"].tolist())
+    def roots(self) -> list[bytes]:
+        """Of all namespaces that have a record, the one that was written to last first."""
+        upwards = self.entries[np.argsort(self.entries["sequence"], kind="stable")]
+        newest = dict(zip(upwards["root"].tolist(), upwards["sequence"].tolist(), strict=True))
+        return sorted(newest, key=newest.__getitem__, reverse=True)
 
     def numbers(self, name: str) -> npt.NDArray[np.int64]:
         """nbytes, ssd_offset or sequence."""

@@ -1,12 +1,39 @@
 """Keeps the namespaces of the SSD index up with those that are open; commits on a thread."""
 
 import asyncio
-from collections.abc import Iterable, Set
+import logging
+from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 
+from google.protobuf.message import DecodeError
+from kvstore_proto import master_pb2
+
 from kvstore.core.node_core import NodeCore
+from kvstore.errors import CorruptError, KVStoreError
 from kvstore.node import translate
 from kvstore.node.ssd_index import SsdIndex
+
+log = logging.getLogger(__name__)
+
+
+def reopen(core: NodeCore, known: Mapping[bytes, bytes], in_use: Iterable[bytes]) -> set[bytes]:
+    """Opens the namespaces of roots ``in_use`` whose encoded ones are ``known``; their roots.
+
+    One that cannot be opened is not among them: a client that brings it has it noted anew.
+    """
+    opened = set()
+    for root in in_use:
+        if root not in known:
+            continue
+        try:
+            report = master_pb2.NamespaceReport.FromString(known[root])
+            if report.root != root:
+                raise CorruptError("what is noted of it is of another one")
+            core.open_namespace(translate.spec_from_message(report.spec), report.tenant)
+            opened.add(root)
+        except (DecodeError, KVStoreError) as error:
+            log.warning("namespace %s on SSD is not used: %s", root.hex()[:16], error)
+    return opened
 
 
 class NamespaceKeeper:
