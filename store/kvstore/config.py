@@ -6,6 +6,7 @@ unknown key or a wrong type is a ``ConfigError`` that names it.
 """
 
 import argparse
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -76,6 +77,15 @@ def readable_size(value: int) -> str:
             return f"{_one_digit(number)} {unit}"
         number /= 1024
     return f"{_one_digit(number)} TiB"
+
+
+def check_text(value: str, name: str) -> None:
+    """ConfigError where ``value``, which ``name`` was given as, is not UTF-8 in the system."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(value).decode(errors="backslashreplace")
+        raise ConfigError(f"{name} '{shown}' is not valid UTF-8; write it in UTF-8") from None
 
 
 def _one_digit(number: float) -> str:

@@ -17,12 +17,13 @@ from kvstore.cli.locate import locate
 from kvstore.cli.nodes import nodes
 from kvstore.cli.removal import evict, purge
 from kvstore.cli.status import status
+from kvstore.cli.stdout import EXIT_FAILED, checked_stdout
 from kvstore.cli.up import up
 from kvstore.cli.version import version
+from kvstore.config import check_text
 from kvstore.entry import EXIT_INTERRUPTED
 from kvstore.errors import InvalidArgumentError, KVStoreError
 
-EXIT_FAILED = 1
 EXIT_USAGE = 2
 
 app = typer.Typer(
@@ -59,10 +60,21 @@ for command in (up, status, nodes, blocks, locate, evict, purge, fsck, version):
 def run(argv: Sequence[str] | None = None) -> None:
     """Runs one command. Exits with 0, with 1 if it failed, with 2 for wrong usage."""
     try:
-        app(args=argv)
+        _check_texts(sys.argv[1:] if argv is None else argv)
+        with checked_stdout():
+            app(args=argv)
     except KVStoreError as error:
         sys.stderr.write(f"kvstore: {error}\n")
         usage = isinstance(error, InvalidArgumentError)
         raise SystemExit(EXIT_USAGE if usage else EXIT_FAILED) from None
     except KeyboardInterrupt:
         raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def _check_texts(arguments: Sequence[str]) -> None:
+    """ConfigError where an argument or a variable of kvstore is not UTF-8."""
+    for argument in arguments:
+        check_text(argument, "argument")
+    for name, value in os.environ.items():
+        if name.startswith("KVSTORE_"):
+            check_text(value, f"environment variable {name}")

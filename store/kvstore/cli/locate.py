@@ -94,8 +94,19 @@ def _read_tokens(tokens: str, text: str, tokenizer: str) -> list[int]:
         raise typer.BadParameter("give the prompt as --tokens or as --text")
     if text and not tokenizer:
         raise typer.BadParameter("--text needs --tokenizer")
-    given = sys.stdin.read() if STDIN in (tokens, text) else tokens or text
+    given = _read_stdin() if STDIN in (tokens, text) else tokens or text
     return _encode(given, tokenizer) if text else _parse_ids(given)
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise InvalidArgumentError("stdin is closed; there is no prompt to read")
+    try:
+        given = sys.stdin.read()
+        given.encode()  # some locales let other bytes through, as surrogates
+    except UnicodeError:
+        raise InvalidArgumentError("stdin is not valid UTF-8; a prompt is text") from None
+    return given
 
 
 def _parse_ids(given: str) -> list[int]:

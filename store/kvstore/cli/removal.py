@@ -88,7 +88,7 @@ def purge(
 
 
 def _confirm(admin: Admin, root: bytes) -> None:
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise typer.BadParameter("pass --yes; there is no terminal to ask on")
     meant = [info for info in admin.namespaces() if root in (b"", info.root)]
     for info in meant:
