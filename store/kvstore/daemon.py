@@ -8,6 +8,7 @@ import errno
 import inspect
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -76,11 +77,19 @@ def load_config_or_exit(
 
 def run_daemon(prog: str, main: Coroutine[Any, Any, None]) -> None:
     """Runs the daemon until it ends; a ConfigError exits with 2, another KVStoreError with 1."""
+    raise_file_limit()
     try:
         asyncio.run(main)
     except KVStoreError as error:
         sys.stderr.write(f"{prog}: {error}\n")
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+def raise_file_limit() -> None:
+    """As many open files as this process may have; what it inherits is meant for ``select``."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class StopEvent(asyncio.Event):
