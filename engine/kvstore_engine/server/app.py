@@ -10,7 +10,7 @@ from kvstore_engine.server.chat import chat, chat_tokens
 from kvstore_engine.server.completion import complete
 from kvstore_engine.server.errors import bad_request, install_error_handlers
 from kvstore_engine.server.metrics import Metrics
-from kvstore_engine.server.protocol import TokenizeBody, read_body
+from kvstore_engine.server.protocol import TokenizeBody
 from kvstore_engine.server.service import Service
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -45,7 +45,7 @@ async def metrics(service: Service, _request: Request) -> Response:
 
 async def tokenize(service: Service, request: Request) -> Response:
     """Token ids of a text, or of a conversation through the chat template."""
-    body = await read_body(request, TokenizeBody)
+    body = await service.read_body(request, TokenizeBody)
     ready = service.ready(body.model)
     if body.messages is not None and body.prompt is None:
         tokens = await chat_tokens(

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from kvstore_engine.messages import TokenLogprob
 from kvstore_engine.server.errors import bad_request
 from kvstore_engine.server.generation import Delta, Generation, Job
-from kvstore_engine.server.protocol import ChatBody, ChatMessage, read_body
+from kvstore_engine.server.protocol import ChatBody, ChatMessage
 from kvstore_engine.server.responses import Answer, Choice, Json
 from kvstore_engine.server.service import Service
 from kvstore_engine.tokenizer import Tokenizer
@@ -72,7 +72,7 @@ class ChatFormat:
 async def chat(service: Service, request: Request) -> Response:
     """Answers one request; ApiError for what cannot be answered."""
     arrival_s = time.monotonic()
-    body = await read_body(request, ChatBody)
+    body = await service.read_body(request, ChatBody)
     ready = service.ready(body.model)
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", param="top_logprobs")

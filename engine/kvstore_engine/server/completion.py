@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from kvstore_engine.messages import SamplingParams, TokenLogprob
 from kvstore_engine.server.generation import Delta, Generation, Job
-from kvstore_engine.server.protocol import CompletionBody, read_body
+from kvstore_engine.server.protocol import CompletionBody
 from kvstore_engine.server.responses import Answer, Choice, Json
 from kvstore_engine.server.service import Service
 from kvstore_engine.tokenizer import DetokenizeStream, Tokenizer
@@ -98,7 +98,7 @@ class CompletionFormat:
 async def complete(service: Service, request: Request) -> Response:
     """Answers one request; ApiError for what cannot be answered."""
     arrival_s = time.monotonic()
-    body = await read_body(request, CompletionBody)
+    body = await service.read_body(request, CompletionBody)
     ready = service.ready(body.model)
     service.check_choices(len(body.prompt), body.n)
     prompts = [await _tokens(service, prompt, body) for prompt in body.prompt]

@@ -8,7 +8,6 @@ from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from fastapi import Request
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -18,11 +17,9 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from starlette.requests import ClientDisconnect
 
 from kvstore_engine.server.errors import ApiError, bad_request
 
-BODY_BYTES_MAX = 32 << 20
 CHOICES_MAX = 32
 PROMPTS_MAX = 128
 MESSAGES_MAX = 4096
@@ -240,19 +237,6 @@ class TokenizeBody(_Body):
 
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
-
-
-async def read_body(request: Request, kind: type[BodyT]) -> BodyT:
-    """The request's JSON body as ``kind``; ApiError with 400 or 413 for anything else."""
-    data = bytearray()
-    try:
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > BODY_BYTES_MAX:
-                raise ApiError(413, f"the request is larger than {BODY_BYTES_MAX >> 20} MiB")
-    except ClientDisconnect:
-        raise bad_request("the connection ended before the body did") from None
-    return parse_body(bytes(data), kind)
 
 
 @contextlib.contextmanager

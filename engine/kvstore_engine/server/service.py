@@ -5,11 +5,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fastapi import Request
+
 from kvstore_engine.messages import EngineReady, SamplingParams
+from kvstore_engine.server.bodies import Bodies, bytes_max
 from kvstore_engine.server.engine_client import EngineClient
 from kvstore_engine.server.errors import ApiError, bad_request
 from kvstore_engine.server.metrics import Metrics
-from kvstore_engine.server.protocol import CHOICES_MAX, SamplingBody
+from kvstore_engine.server.protocol import CHOICES_MAX, BodyT, SamplingBody, parse_body
 from kvstore_engine.tokenizer import Tokenizer
 
 CHARS_SLACK = 4  # normalisers shorten a text before it is cut into tokens
@@ -26,6 +29,7 @@ class Service:
     metrics: Metrics
     names: tuple[str, ...] = ()  # other names that requests may give the model
     open_max: int = 4096  # completions at once; the engine never sees more
+    bodies: Bodies = field(default_factory=Bodies)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def ready(self, model: str | None = None) -> EngineReady:
@@ -41,6 +45,11 @@ class Service:
                 param="model",
             )
         return ready
+
+    async def read_body(self, request: Request, kind: type[BodyT]) -> BodyT:
+        """The request's JSON body as ``kind``; ApiError for anything else, or without an engine."""
+        data = await self.bodies.read(request, bytes_max(self.ready().max_context))
+        return parse_body(data, kind)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Tokens of ``text``; ApiError for one so long that it cannot fit the context.

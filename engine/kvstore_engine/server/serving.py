@@ -5,7 +5,7 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import uvicorn
 from kvstore.daemon import (
@@ -22,6 +22,7 @@ from kvstore_engine.model_source import find_model
 from kvstore_engine.server.app import create_app
 from kvstore_engine.server.config import ServerConfig
 from kvstore_engine.server.engine_client import ENGINE_COMMAND, EngineClient
+from kvstore_engine.server.http_server import Connection, HttpServer
 from kvstore_engine.server.metrics import Metrics
 from kvstore_engine.server.service import Service
 from kvstore_engine.tokenizer import load_tokenizer
@@ -34,15 +35,6 @@ ERRORS_S = 0.5  # told to stop again, clients have this long to take the errors 
 BACKLOG = 2048
 
 log = logging.getLogger(__name__)
-
-
-class HttpServer(uvicorn.Server):
-    """uvicorn without signal handlers of its own: the engine has to end too, and in order."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leaves signals to ``serve``."""
-        yield
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -112,7 +104,7 @@ async def run_http(
     http = HttpServer(
         uvicorn.Config(
             create_app(service),
-            http="h11",
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -131,6 +123,7 @@ async def run_http(
     finally:
         stopping.cancel()
         http.should_exit = True
+        service.bodies.stop()
         await _drain(service.engine, hurry)
         await answering
         forcing.cancel()
@@ -140,6 +133,7 @@ async def _force(http: HttpServer, hurry: asyncio.Event) -> None:
     """In a hurry, leaves clients that do not take their answers."""
     await hurry.wait()
     await asyncio.sleep(ERRORS_S)
+    http.abandon()
     http.force_exit = True
 
 
