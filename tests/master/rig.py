@@ -93,13 +93,15 @@ class FakeNode:
     async def report(self, **report: Any) -> None:
         await self.call.write(master_pb2.NodeReport(**report))
 
-    async def hello(self, *, version: int = 1, instance: int = 1, epoch: int = 0) -> None:
+    async def hello(
+        self, *, version: int = 1, instance: int = 1, epoch: int = 0, address: str = ""
+    ) -> None:
         await self.report(
             hello=master_pb2.NodeHello(
                 protocol_version=version,
                 node_id=self.node_id,
                 instance=instance,
-                address=f"unix:/{self.node_id}",
+                address=address or f"unix:/{self.node_id}",
                 version="0.1.0",
                 cluster_epoch=epoch,
                 hostname="host",

@@ -89,6 +89,35 @@ async def test_a_newer_connection_takes_over(master: Master) -> None:
     assert await master.found(keys(0)) == 1
 
 
+async def test_two_nodes_of_one_id_do_not_throw_each_other_out_for_ever(
+    master: Master, caplog: pytest.LogCaptureFixture
+) -> None:
+    older = await master.node(instance=1, address="unix:/older")
+    newer = await master.node(instance=2, address="unix:/newer")
+    code, why = await older.status()
+    assert code is grpc.StatusCode.UNAVAILABLE
+    assert "from unix:/newer, took over" in why
+    for _ in range(3):
+        with pytest.raises(grpc.RpcError, match="FAILED_PRECONDITION") as refused:
+            await master.node(instance=1, address="unix:/older")
+    for part in ("two nodes have the id node-a", "unix:/newer", "unix:/older", "--node-id"):
+        assert part in str(refused.value)
+    assert caplog.text.count("two nodes have the id node-a") == 1
+    await newer.heartbeat()
+    node = master.cluster.members.nodes["node-a"]
+    await until(lambda: node.sessions == 3)
+    assert node.known.address == "unix:/newer"
+    status = await master.admin.Status(admin_pb2.StatusRequest())
+    listed = await master.admin.ListNodes(admin_pb2.ListNodesRequest())
+    assert ["at unix:/older, has the same id" in text for text in status.problems] == [True]
+    assert len(listed.nodes[0].problems) == 1
+    newer.drop()
+    await until(lambda: node.link is None)
+    await master.node(instance=1, address="unix:/older")
+    status = await master.admin.Status(admin_pb2.StatusRequest())
+    assert not status.problems, "the other one has gone"
+
+
 async def test_I8_an_inventory_that_does_not_add_up_is_asked_for_again(master: Master) -> None:
     node = await master.node()
     await node.inventory(DRAM, keys(0, 9))

@@ -2,7 +2,9 @@
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,6 +13,7 @@ from kvstore.core.types import Tier
 from kvstore.node import deltas, master_link
 from kvstore_proto import master_pb2, master_pb2_grpc, node_pb2
 
+from tests.master.rig import start_master
 from tests.node.rig import BLOCK_BYTES, SYNCED, LocalNode, RawSession, keys_of, until
 
 Report = master_pb2.NodeReport
@@ -269,6 +272,29 @@ async def test_node_whose_master_is_away_says_so_once(
     assert caplog.text.count("is away") == 1
     await master.start()
     await until(lambda: node.node.link.connected)
+
+
+async def test_of_two_nodes_with_one_id_the_older_one_says_why_it_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with start_master(tmp_path / "master", heartbeat_ms=100) as master:
+        nodes = []
+        for name in ("older", "newer"):
+            folder = tmp_path / name
+            folder.mkdir()
+            nodes.append(LocalNode(folder, master=master.address, node_id="twin"))
+            await nodes[-1].start()
+            await until(lambda: nodes[-1].node.link.connected)
+        try:
+            known = master.cluster.members
+            lost = "working alone: two nodes have the id twin"
+            await until(lambda: lost in caplog.text)
+            await until(lambda: known.nodes["twin"].has_rival(time.monotonic()))
+            assert (known.lost_total, nodes[1].node.link.connected) == (1, True)
+            assert caplog.text.count(lost) == 1
+        finally:
+            for node in nodes:
+                await node.stop()
 
 
 async def test_I9_a_master_that_says_nothing_is_away(

@@ -46,10 +46,11 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         del request, context
         cluster = self._cluster
         ready = cluster.members.in_state(NodeState.READY)
+        now = time.monotonic()
         return admin_pb2.StatusResponse(
             version=kvstore.__version__,
             cluster_epoch=cluster.epoch,
-            uptime_s=int(time.monotonic() - cluster.started),
+            uptime_s=int(now - cluster.started),
             indexed_blocks=cluster.locations.entries,
             index_bytes=cluster.locations.memory_bytes(),
             nodes_ready=len(ready),
@@ -60,7 +61,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             problems=[
                 f"{n.known.node_id}: {text}"
                 for n in cluster.members.connected()
-                for text in n.problems
+                for text in n.problems_at(now)
             ],
             ssd_admissions=sorted({n.ssd_admission for n in ready} - {""}),
         )
@@ -94,7 +95,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             last_seen_ms=int((now - seen) * 1000),
             sessions=node.sessions,
             tiers=node.tiers,
-            problems=[] if node.state is NodeState.LOST else node.problems,
+            problems=node.problems_at(now),
             ssd_admission=node.ssd_admission,
         )
 

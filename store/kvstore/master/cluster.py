@@ -44,6 +44,7 @@ class Cluster:
 
     async def join(self, hello: master_pb2.NodeHello, link: NodeLink) -> Node:
         """Lets a node in and welcomes it. It starts with no blocks in the index."""
+        self.index.check_rival(hello, time.monotonic())  # before its address is written
         await self._whole(self._outgrow(hello.cluster_epoch))
         await self._remember(hello)
         # From here to the caller's ``finally`` nothing waits, so that no link is left behind.

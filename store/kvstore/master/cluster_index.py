@@ -1,6 +1,7 @@
 """Members, the index of their blocks and the epoch, as reports and time change them; no I/O."""
 
 import logging
+import math
 from collections import Counter
 
 from kvstore_proto import common_pb2, master_pb2
@@ -51,13 +52,40 @@ class ClusterIndex:
         Its epoch must have been outgrown before: no node is welcomed under one that is not newer
         than what it has seen from another master.
         """
+        self.check_rival(hello, now)
         older = self.members.nodes.get(hello.node_id)
         if older is not None and older.link is not None:
-            older.link.end("a newer connection of the same node took over")
+            if older.link.instance != hello.instance:
+                older.replaced.append(older.link.instance)
+            older.link.end(f"a newer connection of this node, from {hello.address}, took over")
             self.leave(older.link)
         node = self.members.join(hello, link, now)
+        node.rival_at = -math.inf
+        if hello.instance in node.replaced:
+            node.replaced.remove(hello.instance)
         link.send(self._welcome())
         return node
+
+    def check_rival(self, hello: master_pb2.NodeHello, now: float) -> None:
+        """PreconditionError for a node whose id another one took over that is here.
+
+        One that comes back after that lives: two nodes have one id, and would throw each other out
+        for ever. The one that was started last stays.
+        """
+        node = self.members.nodes.get(hello.node_id)
+        if node is None or node.link is None or node.link.instance == hello.instance:
+            return
+        if hello.instance not in node.replaced:
+            return
+        error = (
+            f"two nodes have the id {hello.node_id}: one at {node.known.address}, which is here, "
+            f"and one at {hello.address}, which is refused; stop one of them, or give it a data "
+            "directory and an id (--node-id) of its own"
+        )
+        if not node.has_rival(now):
+            log.warning("%s", error)
+        node.rival, node.rival_at = hello.address, now
+        raise PreconditionError(error)
 
     def leave(self, link: NodeLink) -> None:
         """The stream of a node is over: its blocks cannot be found any more, from now on."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvstore.config import option
+from kvstore.config import check_socket_path, option
 from kvstore.errors import ConfigError
 
 HEARTBEAT_MS_MIN = 20
@@ -32,6 +32,7 @@ class MasterConfig:
     log_level: str = option("info", text="debug, info, warning or error")
 
     def __post_init__(self) -> None:
+        check_socket_path(self.listen, "listen")
         if self.heartbeat_ms < HEARTBEAT_MS_MIN:
             raise ConfigError(
                 f"heartbeat_ms is {self.heartbeat_ms}; take {HEARTBEAT_MS_MIN} or more"

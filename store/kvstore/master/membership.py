@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import math
 import re
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -21,6 +22,8 @@ from kvstore.master.state.base import KnownNode
 PROTOCOL_VERSION = 1
 ADDRESS_CHARS_MAX = 1024
 DIRECTIVES_QUEUED_MAX = 1024
+REPLACED_MAX = 16
+RIVAL_SHOWN_S = 30.0
 _NODE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
@@ -107,6 +110,22 @@ class Node:
     problems: list[str] = field(default_factory=list)
     ssd_admission: str = ""
     link: NodeLink | None = None
+    # Instances whose place another one took, while they may still live.
+    replaced: deque[int] = field(default_factory=lambda: deque(maxlen=REPLACED_MAX))
+    rival: str = ""  # address of another node that wants this id
+    rival_at: float = -math.inf  # when it was refused last
+
+    def problems_at(self, now: float) -> list[str]:
+        """What an operator should look at."""
+        if self.link is None:
+            return []
+        if not self.has_rival(now):
+            return self.problems
+        return [*self.problems, f"another node, at {self.rival}, has the same id and is refused"]
+
+    def has_rival(self, now: float) -> bool:
+        """Whether another node with this id was refused not long ago."""
+        return now - self.rival_at < RIVAL_SHOWN_S
 
 
 def check_hello(hello: master_pb2.NodeHello) -> None:

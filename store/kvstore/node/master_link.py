@@ -28,6 +28,7 @@ CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 WELCOME_TIMEOUT_S = 5.0
+REFUSALS = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
 
 
 class MasterLink:
@@ -87,8 +88,9 @@ class MasterLink:
         self._hurry.set()
 
     async def _run(self) -> None:
-        backoff_s, away = BACKOFF_MIN_S, False
+        backoff_s, away, told = BACKOFF_MIN_S, False, ""
         while True:
+            refusal = ""
             try:
                 await self._session()
                 reason = "it ended the session"
@@ -100,13 +102,15 @@ class MasterLink:
                 TimeoutError,
             ) as error:
                 reason = _reason(error)
+                if isinstance(error, grpc.aio.AioRpcError) and error.code() in REFUSALS:
+                    refusal = reason
             except Exception as error:  # such as a message that is none, or a bug
                 log.exception("the session with master %s failed", self._address)
                 reason = _reason(error)
-            if self.connected or not away:
+            if self.connected or not away or refusal not in ("", told):
                 log.warning("master %s is away, working alone: %s", self._address, reason)
             backoff_s = BACKOFF_MIN_S if self.connected else min(2 * backoff_s, BACKOFF_MAX_S)
-            away = True
+            away, told = True, refusal or told
             self._reports.ended()
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
 
