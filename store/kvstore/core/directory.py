@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from kvstore.core.distinct import distinct
 from kvstore.core.keys import KEY_BYTES
+from kvstore.core.packing import packed
 from kvstore.core.spec import SLOT_ALIGN_BYTES
 from kvstore.errors import CorruptError, InvalidArgumentError, PreconditionError
 
@@ -243,9 +244,7 @@ class DirectoryWriter:
         first = live - ((at[live] - wanted) & self._mask)  # as places count from the window's
         inside = int(np.searchsorted(live, size))
         passed = int(first[inside:].min(initial=size))
-        order = np.argsort(first[:inside], kind="stable")
-        rank = np.arange(inside)
-        target = rank + np.maximum.accumulate(np.maximum(first[order], 0) - rank)
+        order, target = packed(first[:inside])
         places = np.arange(size)
         source = places.copy()
         source[target] = live[order]

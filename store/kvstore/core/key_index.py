@@ -1,7 +1,8 @@
 """From key to row: open addressing over the keys that the table keeps, vectorised.
 
 Four bytes a place and no object a key. There are twice as many places as there can ever be keys,
-so that nothing is ever rebuilt, and no request waits for that.
+so that nothing ever grows; tombstones are won back a window of places at a time. No request waits
+for the whole of it.
 """
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 
 from kvstore.core.column import column
 from kvstore.core.distinct import distinct
+from kvstore.core.packing import packed
 
 Rows = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
@@ -16,6 +18,7 @@ Mask = npt.NDArray[np.bool_]
 
 NO_ROW = -1
 PROBES_MAX = 64
+WINDOW = 2048  # places that are tidied in one go
 _EMPTY, _TOMBSTONE = 0, -1  # else the row plus one
 _SHIFT = 20  # other bits of the key than those that lead into the directory
 _ALL_SAME = 0x01010101  # four bytes of True
@@ -36,6 +39,10 @@ class KeyIndex:
         self._words = words
         self._overflow: dict[bytes, int] = {}
         self._count = 0
+        self._window = min(WINDOW, places // 2)
+        self._tidied_to = 0  # the place that the next window begins at
+        self._few = self._window // 16  # tombstones that a window may keep
+        self._left = 0  # tombstones that were left since a window was tidied
 
     def __len__(self) -> int:
         return self._count
@@ -84,12 +91,40 @@ class KeyIndex:
                 del self._overflow[self._words[row].tobytes()]
             places = places[places >= 0]
         self._places[places] = _TOMBSTONE
+        self._left += len(places)
         # Tombstones before an empty place are empty themselves.
         while len(places):
             follows_empty = self._places[(places + 1) & self._mask] == _EMPTY
-            cleared = places[follows_empty & (self._places[places] == _TOMBSTONE)]
+            cleared = distinct(places[follows_empty & (self._places[places] == _TOMBSTONE)])
             self._places[cleared] = _EMPTY
-            places = (distinct(cleared) - 1) & self._mask
+            self._left = max(0, self._left - len(cleared))
+            places = (cleared - 1) & self._mask
+        while self._left > self._few:
+            self._left -= self._few + 1
+            self._tidy_window()
+
+    def _tidy_window(self) -> None:
+        """Moves the keys of the next window as near to their first places as they can come.
+
+        Then its free places are empty, but for those that a key behind the window has passed: it
+        is no further than ``PROBES_MAX`` from its first place, which bounds what is looked at.
+        Each window costs the same, so one with few tombstones stays as it is.
+        """
+        size = self._window
+        at = (self._tidied_to + np.arange(min(size + PROBES_MAX, self._mask + 1))) & self._mask
+        entries = self._places[at]
+        self._tidied_to = int(at[size - min(PROBES_MAX, size // 2)])
+        if np.count_nonzero(entries[:size] == _TOMBSTONE) <= self._few:
+            return
+        live = np.flatnonzero(entries > 0)
+        wanted = self._first(self._words[entries[live] - 1])
+        first = live - ((at[live] - wanted) & self._mask)  # as places count from the window's
+        inside = int(np.searchsorted(live, size))
+        passed = int(first[inside:].min(initial=size))
+        order, target = packed(first[:inside])
+        after = np.where(np.arange(size) < passed, np.int32(_EMPTY), np.int32(_TOMBSTONE))
+        after[target] = entries[live[order]]
+        self._places[at[:size]] = after
 
     def _first(self, words: Words) -> Rows:
         return ((words[:, 0] >> np.uint64(_SHIFT)) & np.uint64(self._mask)).astype(np.int64)
