@@ -9,6 +9,7 @@ import argparse
 import os
 import re
 import tomllib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
@@ -27,6 +28,7 @@ class AnyDataclass(Protocol):
 ConfigT = TypeVar("ConfigT", bound=AnyDataclass)
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B?|B)?", re.IGNORECASE)
+UNIX = "unix:"  # before the path of a socket, where an address is given
 SIZE_END = 1 << 63  # bytes; what files and messages can say is below it
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _EXPECTED = {int: "not a whole number", float: "not a number", bool: "neither true nor false"}
@@ -88,6 +90,21 @@ def check_text(value: str, name: str) -> None:
         raise ConfigError(f"{name} '{shown}' is not valid UTF-8; write it in UTF-8") from None
 
 
+def check_path(value: str, name: str, *, such_as: str = "/var/lib/kvstore") -> None:
+    """ConfigError where nobody can mean ``value``: empty, not UTF-8, or no line of text."""
+    check_text(value, name)
+    if not value.removeprefix(UNIX):
+        raise ConfigError(f"{name} {value!r} is an empty path; name one, such as {such_as}")
+    if any(unicodedata.category(letter) == "Cc" for letter in value):
+        raise ConfigError(f"{name} {value!r} has a control character; take another path")
+
+
+def check_socket_path(address: str, name: str) -> None:
+    """``check_path`` for the path of ``unix:PATH``; any other address passes."""
+    if address.startswith(UNIX):
+        check_path(address, name, such_as="unix:/run/kvstore.sock")
+
+
 def _one_digit(number: float) -> str:
     return f"{number:.1f}".removesuffix(".0")
 
@@ -102,6 +119,8 @@ class _Parser(argparse.ArgumentParser):
 def _convert(spec: Field[Any], kind: type, value: object, where: str) -> object:
     """``value`` as the field's type; text from flags and environment is parsed."""
     name = f"{where} {spec.name}"
+    if isinstance(value, str):
+        (check_path if kind is Path else check_text)(value, name)
     try:
         if spec.metadata.get("size"):
             return parse_size(value)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import typer
 from kvstore.cli.children import EXIT_USAGE, Child, ChildEndedError
 from kvstore.cli.options import DEFAULT_MASTER, size_option
 from kvstore.cli.output import console, print_json
+from kvstore.config import check_path, check_socket_path
 from kvstore.daemon import check_address, stop_event
 from kvstore.errors import ConfigError
 from kvstore.node.settings import NodeConfig
@@ -24,12 +25,13 @@ DEFAULT_DATA_DIR = Path.home() / ".local" / "share" / "kvstore"
 
 def up(
     data_dir: Annotated[
-        Path,
+        str,
         typer.Option(
+            metavar="DIR",
             help="Directory of this store, its SSD tier included.",
             show_default="~/.local/share/kvstore",
         ),
-    ] = DEFAULT_DATA_DIR,
+    ] = str(DEFAULT_DATA_DIR),
     dram: Annotated[str, size_option("--dram", "Size of the DRAM tier, in /dev/shm.")] = "1GiB",
     ssd: Annotated[str, size_option("--ssd", "Size of the SSD tier; 0: none.")] = "8GiB",
     ssd_admission: Annotated[
@@ -87,8 +89,12 @@ def up(
       [cyan]kvstore up --data-dir ~/kvstore --dram 4GiB --ssd 32GiB[/cyan]
       [cyan]kvstore up --data-dir /tmp/kvstore --ssd 0 --metrics-listen ""[/cyan]
     """
-    data_dir = _made(data_dir)
-    listen = listen or f"unix:{data_dir}/node.sock"
+    for flag, path in {"--data-dir": data_dir, "--pool-dir": pool_dir}.items():
+        check_path(path, flag)
+    if ssd_dir:
+        check_path(ssd_dir, "--ssd-dir")
+    folder = _made(data_dir)
+    listen = listen or f"unix:{folder}/node.sock"
     _check_addresses(
         {
             "--master-listen": master_listen,
@@ -99,31 +105,33 @@ def up(
         insecure=insecure,
     )
     shared = ["--log-level", log_level, "--insecure", str(insecure)]
-    master = ["--data-dir", str(data_dir / "master"), "--listen", master_listen, *shared]
+    master = ["--data-dir", str(folder / "master"), "--listen", master_listen, *shared]
     master += ["--metrics-listen", master_metrics_listen]
-    node = ["--data-dir", str(data_dir / "node"), *shared]
+    node = ["--data-dir", str(folder / "node"), *shared]
     node += ["--listen", listen, "--ssd-dir", ssd_dir]
     node += ["--dram", dram, "--ssd", ssd, "--pool-dir", pool_dir]
     node += ["--metrics-listen", metrics_listen, "--scrub-mb-s", str(scrub_mb_s)]
     node += ["--ssd-admission", ssd_admission]
 
-    show = partial(_show_started, {"DRAM": dram, "SSD": ssd}, data_dir, as_json)
+    show = partial(_show_started, {"DRAM": dram, "SSD": ssd}, folder, as_json)
     asyncio.run(_run(master, node, show))
 
 
-def _made(data_dir: Path) -> Path:
-    data_dir = data_dir.expanduser().absolute()
+def _made(data_dir: str) -> Path:
+    folder = Path(data_dir).expanduser().absolute()
+    check_path(str(folder), "--data-dir")
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise typer.BadParameter(f"--data-dir {data_dir}: {error.strerror}") from None
-    return data_dir
+        raise typer.BadParameter(f"--data-dir {folder}: {error.strerror}") from None
+    return folder
 
 
 def _check_addresses(by_flag: dict[str, str], *, insecure: bool) -> None:
     """ConfigError with this command's flag; a daemon would name its own."""
     for flag, address in by_flag.items():
         if address:
+            check_socket_path(address, flag)
             check_address(address, flag, insecure=insecure)
 
 

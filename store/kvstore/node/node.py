@@ -26,7 +26,7 @@ from kvstore.node.driver import Driver
 from kvstore.node.hbm import HbmInventory
 from kvstore.node.master_link import MasterLink
 from kvstore.node.namespaces import NamespaceKeeper, reopen
-from kvstore.node.pool import SharedFile, remove_dead_siblings, remove_stale_files
+from kvstore.node.pool import SharedFile, check_room, remove_dead_siblings, remove_stale_files
 from kvstore.node.scrub import Scrubber
 from kvstore.node.settings import NodeConfig
 from kvstore.node.ssd import SsdTier
@@ -130,6 +130,7 @@ class Node:
         entries = entries_for(pool_bytes + config.ssd)
         directory_bytes = DirectoryWriter.size_bytes(entries, pool_bytes)
         name = f"{self.instance:016x}"
+        check_room(folder, pool_bytes)  # first, as its size is the one that was asked for
         self.directory_file = SharedFile(folder / f"directory-{name}", directory_bytes)
         resources.callback(self.directory_file.close)
         self.directory_file.wait_taken()

@@ -77,7 +77,7 @@ class SharedFile:
         """Creates ``path`` (mode 0600); ConfigError where the file system has no room for it."""
         self.path = path
         self.size_bytes = size_bytes
-        _check_room(path.parent, size_bytes)
+        check_room(path.parent, size_bytes)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.ftruncate(self._descriptor, size_bytes)
@@ -119,7 +119,8 @@ class SharedFile:
             self.map.close()
 
 
-def _check_room(folder: Path, size_bytes: int) -> None:
+def check_room(folder: Path, size_bytes: int) -> None:
+    """ConfigError where the file system of ``folder`` has no ``size_bytes`` left."""
     room = os.statvfs(folder)
     if (free := room.f_bavail * room.f_frsize) < size_bytes:
         raise ConfigError(

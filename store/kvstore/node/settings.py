@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvstore.config import option, readable_size
+from kvstore.config import check_path, check_socket_path, option, readable_size
 from kvstore.core.admission import check_admission
 from kvstore.core.spec import SLOT_ALIGN_BYTES
 from kvstore.errors import ConfigError
@@ -56,6 +56,9 @@ class NodeConfig:
             raise ConfigError(f"node_id {self.node_id!r}; take 1 to 128 letters, digits and ._:-")
         if self.listen and not _ADDRESS.fullmatch(self.listen):
             raise ConfigError(f"listen {self.listen!r}; write it like unix:/run/kvstore/node.sock")
+        check_socket_path(self.address, "listen")
+        if self.ssd_dir:
+            check_path(self.ssd_dir, "ssd_dir")
         if self.dram < SLOT_ALIGN_BYTES:
             raise ConfigError(f"dram is {readable_size(self.dram)}; a DRAM tier has at least 4KiB")
         if 0 < self.ssd < SLOT_ALIGN_BYTES:
