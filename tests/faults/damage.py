@@ -17,6 +17,7 @@ import xxhash
 from kvstore.core.ssd_record import PROOF_BYTES
 from kvstore.core.types import AckLevel
 from kvstore.errors import KVStoreError
+from kvstore.node.fsck import fsck
 
 from tests.faults import columns
 from tests.faults.disk import DiskNode, reached
@@ -33,6 +34,7 @@ class Job(TypedDict, total=False):
     file: str
     flips: list[tuple[int, int]]  # place, and what is XORed
     length: int
+    repair: bool  # whether `kvstore fsck --repair` comes before the node
     records: list[tuple[int, list[tuple[int, int]]]]  # which, and flips of key and value together
 
 
@@ -114,6 +116,8 @@ def main() -> None:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(good, copy)
         _damage(copy, job)
+        if job.get("repair"):
+            fsck(copy / "ssd", repair=True, progress=lambda _done, _total: None)
         answer = asyncio.run(_look(copy, keys, turn))
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()

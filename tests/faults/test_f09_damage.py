@@ -167,8 +167,11 @@ class Damage:
         self._judge(self.do(Job(file=INDEX, length=length)))
 
     def cut_data(self, length: int) -> None:
-        """The data file ends early: what was behind the end is missing."""
-        answer = self.do(Job(file="ssd/data", length=length))
+        """The data file ends early: it is refused; repaired, only what was behind is missing."""
+        job = Job(file="ssd/data", length=length)
+        assert "SSD file" in self.do(job)["refused"]
+        answer = self.do(job | Job(repair=True))
+        assert not answer["refused"], answer
         whole = {n for n, place in self.places.items() if place + BLOCK_BYTES <= length}
         self.lost += len(whole - set(answer["found"]))
 
