@@ -41,6 +41,30 @@ def test_I7_hbm_inventory_is_bounded() -> None:
     assert sum(len(part) // 32 for _, _, part in hbm.inventory(8)) == 3
 
 
+def test_I7_hbm_inventory_remembers_no_namespace_without_blocks() -> None:
+    hbm = HbmInventory(keys_max=2)
+    for i in range(10):
+        hbm.change(bytes([i]) * 32, "e", b"k" * 32, b"")
+        hbm.change(bytes([i]) * 32, "e", b"", b"k" * 32)
+    assert hbm.roots() == set()
+    hbm.change(b"r" * 32, "e", b"k" * 96, b"")
+    hbm.change(b"r" * 32, "e", b"".join(bytes([i]) * 32 for i in range(3)), b"k" * 32)
+    assert hbm.roots_of("e") == [b"r" * 32], "the master was told of what is refused here"
+
+
+def test_an_engine_whose_keys_were_refused_is_cleared_whatever_came_after() -> None:
+    hbm = HbmInventory(keys_max=2)
+    hbm.change(ROOT, "e", b"".join(bytes([i]) * 32 for i in range(3)), b"")
+    for i in range(2):
+        hbm.change(ROOT, "e", b"", bytes([i]) * 32)
+        assert hbm.roots_of("e") == [ROOT], "the master may have the others still"
+    hbm.clear(ROOT, "e")
+    assert hbm.roots_of("e") == []
+    hbm.change(ROOT, "e", bytes(32), b"")
+    hbm.change(ROOT, "e", b"", bytes(32))
+    assert hbm.roots_of("e") == []
+
+
 def test_deltas_merge_and_keep_their_order() -> None:
     waiting = Deltas()
     waiting.add(ROOT, Tier.DRAM, "", keys(1), b"", False)

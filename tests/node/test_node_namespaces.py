@@ -247,6 +247,22 @@ async def test_a_commit_that_fails_is_made_at_the_next_opening(node: LocalNode) 
     await session.goodbye()
 
 
+async def test_a_commit_that_fails_is_not_made_again_for_each_that_waited(
+    node: LocalNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowIndex(node, monkeypatch)
+    every = ",".join(f"ssd.namespaces:enospc@{n}" for n in range(1, 11))
+    enable_faultpoints({"KVSTORE_FAULTPOINTS": every})
+    sessions = [await RawSession.open(node.address, namespace=False) for _ in range(6)]
+    opening = [asyncio.create_task(s.open_namespace(spec(i))) for i, s in enumerate(sessions)]
+    await until(lambda: len(node.node.core.namespaces()) == 6)
+    slow.may_end.release(10)
+    await asyncio.gather(*opening)
+    assert len(slow.begun) == 2
+    for session in sessions:
+        await session.goodbye()
+
+
 async def test_I8_kill_9_between_two_namespaces(make_daemon: Callable[..., Daemon]) -> None:
     os.environ["KVSTORE_FAULTPOINTS"] = "ssd.namespaces:kill@2"
     try:
@@ -335,6 +351,38 @@ def test_I7_the_master_is_told_of_namespaces_once_and_of_those_that_have_gone() 
     assert told(reports) == [("namespace", "test"), ("namespace", "next")]
 
 
+def test_I7_a_namespace_that_came_and_went_unheard_is_told_as_dropped() -> None:
+    rig = Rig(16, namespaces_max=2)
+    rig.open()
+    rig.put(chain("A", 1))
+    reports = Reports(TalkingNode(rig))
+    reports.welcomed(master_pb2.MasterWelcome(cluster_epoch=1))
+    told(reports)
+    short = rig.core.open_namespace(spec("short"))
+    reports.changed(short.root, Tier.DRAM, "", chain("B", 1)[0], b"")
+    reports.changed(short.root, Tier.DRAM, "", b"", chain("B", 1)[0])
+    rig.core.open_namespace(spec("next"))
+    reports.namespaces_changed()
+    assert told(reports)[-1] == ("dropped", short.root.hex())
+    assert ("dropped", short.root.hex()) not in told(reports)
+
+
+def test_blocks_of_a_namespace_are_told_after_it() -> None:
+    rig = Rig(16, namespaces_max=4)
+    rig.open()
+    rig.put(chain("A", 1))
+    reports = Reports(TalkingNode(rig))
+    reports.welcomed(master_pb2.MasterWelcome(cluster_epoch=1))
+    due = reports.due()
+    next(due)
+    late = rig.core.open_namespace(spec("late"))
+    reports.namespaces_changed()
+    reports.changed(late.root, Tier.DRAM, "", chain("B", 1)[0], b"")
+    kinds = [report.WhichOneof("report") for report in due]
+    assert kinds[-2:] == ["namespace", "delta"]
+    assert told(reports) == []
+
+
 def test_a_namespace_found_on_ssd_is_told_again_when_its_spec_is_known() -> None:
     rig = Rig(4)
     rig.namespace.spec = None
@@ -344,14 +392,3 @@ def test_a_namespace_found_on_ssd_is_told_again_when_its_spec_is_known() -> None
     rig.core.open_namespace(rig.spec)
     reports.namespaces_changed()
     assert told(reports) == [("namespace", "test")]
-
-
-def test_I7_hbm_inventory_remembers_no_namespace_without_blocks() -> None:
-    hbm = HbmInventory(keys_max=2)
-    for i in range(10):
-        hbm.change(bytes([i]) * 32, "e", b"k" * 32, b"")
-        hbm.change(bytes([i]) * 32, "e", b"", b"k" * 32)
-    assert hbm.roots() == set()
-    hbm.change(b"r" * 32, "e", b"k" * 96, b"")
-    hbm.change(b"r" * 32, "e", b"".join(bytes([i]) * 32 for i in range(3)), b"k" * 32)
-    assert hbm.roots_of("e") == [b"r" * 32], "the master was told of what is refused here"

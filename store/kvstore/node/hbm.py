@@ -10,6 +10,7 @@ class HbmInventory:
 
     def __init__(self, keys_max: int = KEYS_MAX) -> None:
         self._keys: dict[tuple[bytes, str], set[bytes]] = {}
+        self._overfull: set[tuple[bytes, str]] = set()  # of which the master may have more keys
         self._room = keys_max
         self.refused = 0
 
@@ -30,15 +31,17 @@ class HbmInventory:
         refused = len(fresh) > self._room + before - len(held)
         if refused:
             self.refused += len(fresh)
+            self._overfull.add((root, engine_id))
         else:
             held |= fresh
         self._room += before - len(held)
-        if held or refused:
+        if held or (root, engine_id) in self._overfull:
             self._keys[root, engine_id] = held
 
     def clear(self, root: bytes, engine_id: str) -> None:
         """The engine holds nothing of this namespace."""
         self._room += len(self._keys.pop((root, engine_id), ()))
+        self._overfull.discard((root, engine_id))
 
     def roots(self) -> set[bytes]:
         """Namespaces of which any engine holds blocks."""

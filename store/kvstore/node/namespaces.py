@@ -50,13 +50,15 @@ class NamespaceKeeper:
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, "ssd-namespaces")
         self._commit: asyncio.Future[bool] | None = None
+        self._fresh: Set[bytes] = frozenset()  # roots that the commit under way brings
 
     async def keep(self, root: bytes) -> None:
         """Returns when the index has the namespace durably, or has refused it."""
         while root not in self.known:
-            others = self._commit
-            await asyncio.wait({self._begin() if others is None else others})
-            if others is None:
+            commit = self._commit or self._begin()
+            tried = root in self._fresh
+            await asyncio.wait({commit})
+            if tried:
                 return
 
     def close(self) -> None:
@@ -76,7 +78,7 @@ class NamespaceKeeper:
             self._thread, self._index.change_namespaces, fresh, gone
         )
         commit.add_done_callback(lambda ended: self._ended(ended, fresh.keys(), gone))
-        self._commit = commit
+        self._commit, self._fresh = commit, fresh.keys()
         return commit
 
     def _ended(self, commit: "asyncio.Future[bool]", fresh: Set[bytes], gone: Set[bytes]) -> None:

@@ -126,28 +126,32 @@ class Reports:
         """
         while self._outgoing:
             yield self._outgoing.popleft()
-        if self._retell:
-            self._retell = False
-            known = self._told.items()
-            yield from self._tell(
-                [
-                    n
-                    for n in self._node.core.namespaces()
-                    if (n.root, n.spec is not None) not in known
-                ]
-            )
+        yield from self._tell_new()
         if self._resync:
             self._resync = False
             yield from self._inventory()
         if self._deltas.overflowed:
             raise ResourceExhaustedError("it reads too slowly; it gets the whole inventory anew")
+        yield from self._tell_new()  # before their blocks, which came while others were told
         # A namespace goes after its last block: what of its blocks waits now is all there will be.
-        gone = self._told.keys() - {namespace.root for namespace in self._node.core.namespaces()}
-        for event in self._deltas.take():
+        events = self._deltas.take()
+        roots = self._told.keys() | {event.root for event in events}
+        gone = roots - {namespace.root for namespace in self._node.core.namespaces()}
+        for event in events:
             yield Report(delta=event)
         for root in gone:
-            del self._told[root]
+            self._told.pop(root, None)
             yield Report(dropped=master_pb2.NamespaceDropped(root=root))
+
+    def _tell_new(self) -> Iterator[Report]:
+        """The namespaces that were opened, or whose spec became known, until there is none."""
+        while self._retell:
+            self._retell = False
+            known = self._told.items()
+            namespaces = self._node.core.namespaces()
+            yield from self._tell(
+                [n for n in namespaces if (n.root, n.spec is not None) not in known]
+            )
 
     def _tell(self, namespaces: Iterable[Namespace]) -> Iterator[Report]:
         for namespace in namespaces:
