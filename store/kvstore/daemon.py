@@ -164,6 +164,8 @@ def _check_unix_socket(path: Path, flag: str) -> None:
         raise ConfigError(f"socket path {path}: its directory does not exist")
     if not path.exists():
         return
+    if path.is_dir():
+        raise ConfigError(f"socket path {path} is a directory; name a file in it, with {flag}")
     if not path.is_socket():
         raise ConfigError(f"socket path {path} is a file of another kind; remove it")
     with socket.socket(socket.AF_UNIX) as probe:

@@ -27,6 +27,7 @@ EMPTY = "is an empty path; name one, such as "
         ("--ssd-dir", "{}/a\tb", CONTROL),
         ("--listen", "unix:{}/a\nb", CONTROL),
         ("--master-listen", "unix:{}/a\x1bb", CONTROL),
+        ("--listen", "unix:{}", "is a directory; name a file in it, with --listen"),
     ],
 )
 def test_up(
