@@ -1,4 +1,5 @@
 import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from kvstore_client import AckLevel, AsyncClient, CacheSpec, EndReason, Namespac
 from kvstore_client.session import Session
 from kvstore_proto import common_pb2, node_pb2
 
+from tests.cli.store import Store, running, short_directory
 from tests.node.rig import Daemon
 
 REPOSITORY = Path(__file__).parents[2]
@@ -244,23 +246,32 @@ def test_an_example_without_an_address_says_how_it_is_used(name: str) -> None:
     assert done.stderr == f"usage: python {script} ADDRESS, as `kvstore up` prints it\n"
 
 
-@pytest.mark.parametrize("name", ["put_get", "prefetch"])
-def test_examples_run(tmp_path: Path, name: str) -> None:
-    script = REPOSITORY / "examples" / f"{name}.py"
-    big = Daemon(tmp_path, "--dram", "32MiB", "--ssd", "64MiB")
-    try:
-        big.wait_ready()
-        done = subprocess.run(
-            [sys.executable, str(script), big.address],
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-    finally:
-        big.kill()
+@pytest.fixture
+def store() -> Iterator[Store]:
+    """`kvstore up` with room for the examples."""
+    options = ("--dram", "40MiB", "--ssd", "64MiB")
+    with short_directory() as data_dir, running(data_dir, *options) as started:
+        yield started
+
+
+def example(store: Store, name: str) -> str:
+    """What an example prints."""
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "examples" / f"{name}.py"), store.endpoints["node"]],
+        env=os.environ | {"KVSTORE_MASTER": store.endpoints["master"]},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
-    if name == "put_get":
-        assert done.stdout == "stored: 16\nfound: 16 equal: True\n"
-    else:
-        assert done.stdout.count("32 of 32 blocks; the chain ended: <EndReason.COMPLETE: 1>") == 4
+    return done.stdout
+
+
+def test_examples_run(store: Store) -> None:
+    assert example(store, "put_get") == "stored: 16\nfound: 16 equal: True\n"
+    assert example(store, "put_get") == "stored: 0\nfound: 16 equal: True\n"
+    for _ in range(2):
+        said = example(store, "prefetch")
+        assert said.count("32 loads started") == 4
+        assert said.count("32 of 32 blocks; the chain ended: <EndReason.COMPLETE: 1>") == 4
