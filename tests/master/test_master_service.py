@@ -259,6 +259,7 @@ async def test_I11_a_wrong_first_report_is_refused(
         {"delta": master_pb2.BlockEvents(root=b"short", tier=DRAM)},
         {"delta": master_pb2.BlockEvents(root=ROOT, tier=4, stored=keys(1))},  # type: ignore[arg-type]
         {"inventory": master_pb2.BlockEvents(root=ROOT, tier=DRAM, stored=b"x" * 33)},
+        {"delta": master_pb2.BlockEvents(root=ROOT, tier=HBM, engine_id="e" * 257)},
         {"namespace": master_pb2.NamespaceReport(root=b"")},
     ],
     ids=lambda report: next(iter(report)),

@@ -24,6 +24,7 @@ EPOCH_STEP_MAX = 1 << 20  # a master begins one epoch a start
 RESYNCS_MAX = 3
 PROBLEMS_MAX = 8  # of one node
 PROBLEM_CHARS_MAX = 1024
+ENGINE_ID_CHARS_MAX = 256  # as nodes take them of their clients
 
 
 class ClusterIndex:
@@ -234,6 +235,11 @@ class ClusterIndex:
         if int(events.tier) not in REAL_TIERS:
             raise InvalidArgumentError(
                 f"blocks cannot be in tier {events.tier}; take HBM, DRAM, SSD"
+            )
+        if len(events.engine_id) > ENGINE_ID_CHARS_MAX:
+            raise InvalidArgumentError(
+                f"an engine id has {len(events.engine_id)} characters; take at most "
+                f"{ENGINE_ID_CHARS_MAX}"
             )
         name = (node_id, Tier(events.tier), events.root, events.engine_id)
         if events.cleared:
