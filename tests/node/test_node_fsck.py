@@ -188,7 +188,7 @@ async def test_an_index_that_is_cut_off(
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(CorruptError, match=r"fsck .*/data/ssd --repair"):
         run(folder)
-    monkeypatch.setattr(ssd_index, "MISSING_BYTES_MAX", 0)
+    monkeypatch.setattr(ssd_index, "GROWTH_BYTES_MIN", 0)
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(CorruptError, match=r"bytes; .*--repair"):
         run(folder)

@@ -1,6 +1,7 @@
 import errno
 import os
 from pathlib import Path
+from random import Random
 
 import lmdb
 import pytest
@@ -96,6 +97,19 @@ def test_index_belongs_to_one_node_and_format(tmp_path: Path) -> None:
     env.close()
     with pytest.raises(ConfigError, match=r"format version 99.*reads version 2.*newer"):
         SsdIndex(tmp_path, CAPACITY // PAGE, "node-1")
+
+
+def test_I8_pages_that_a_large_removal_never_wrote_are_no_loss(tmp_path: Path) -> None:
+    random = Random(8_300_003)
+    keys = [random.randbytes(32) for _ in range(8300)]
+    index = SsdIndex(tmp_path, 1 << 16, "node-1")
+    index.apply([(key, bytes(112)) for key in keys])
+    index.apply([(key, None) for key in keys])
+    assert index.lost() == ""
+    index.close()
+    index = SsdIndex(tmp_path, 1 << 16, "node-1")
+    assert index.lost() == ""
+    index.close()
 
 
 def test_index_that_is_none(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from kvstore.core.types import Tier
 log = logging.getLogger(__name__)
 
 EVERY_S = 10.0
+LOOK_S = 1.0  # a look that is under way at the end has so long
 
 
 class Auditor:
@@ -37,11 +38,19 @@ class Auditor:
         while True:
             await asyncio.sleep(EVERY_S)
             try:
-                await asyncio.to_thread(self._look)
+                await self._looked()
                 if self._core.idle():
                     self.check()
             except Exception:  # a bug; what it should have found may show yet
                 log.exception("an audit failed")
+
+    async def _looked(self) -> None:
+        look = asyncio.ensure_future(asyncio.to_thread(self._look))
+        try:
+            await asyncio.shield(look)
+        except asyncio.CancelledError:  # what it looks at is closed next
+            await asyncio.wait({look}, timeout=LOOK_S)
+            raise
 
     def check(self) -> None:
         """One audit."""

@@ -2,7 +2,7 @@
 
 from kvstore.core.keys import split_keys
 
-KEYS_MAX = 1 << 21  # all engines of this node; what comes beyond it is not reported
+KEYS_MAX = 1 << 21  # all engines of this node; what comes beyond it is in no inventory
 
 
 class HbmInventory:

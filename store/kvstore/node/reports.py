@@ -130,9 +130,9 @@ class Reports:
         if self._resync:
             self._resync = False
             yield from self._inventory()
-        if self._deltas.overflowed:
-            raise ResourceExhaustedError("it reads too slowly; it gets the whole inventory anew")
         yield from self._tell_new()  # before their blocks, which came while others were told
+        if self._deltas.overflowed:  # nothing waits between this and ``take``
+            raise ResourceExhaustedError("it reads too slowly; it gets the whole inventory anew")
         # A namespace goes after its last block: what of its blocks waits now is all there will be.
         events = self._deltas.take()
         roots = self._told.keys() | {event.root for event in events}

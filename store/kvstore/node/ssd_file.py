@@ -125,6 +125,9 @@ def lost_file(path: Path, opened: os.stat_result, nbytes: int) -> str:
         named = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return f"{path} was removed"
+    except OSError as error:  # no proof of a loss: what is open goes on
+        log.debug("%s cannot be looked at: %s", path, error)
+        return ""
     if not os.path.samestat(named, opened):
         return f"{path} was replaced"
     if named.st_size < nbytes:

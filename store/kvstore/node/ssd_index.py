@@ -36,7 +36,7 @@ _DATA_BYTES_KEY = b"data_bytes"
 
 HEAD_BYTES = 2 * PAGE_BYTES_MAX  # holds both meta pages
 FULL_BYTES = 1 << 20  # a file system with less has no room for an index
-MISSING_BYTES_MAX = 1 << 20  # at the end, that LMDB may not have written
+GROWTH_BYTES_MIN = 1 << 20  # a small file may lack so much at its end, that LMDB never wrote
 REMEDY = (
     "with the node stopped, `kvstore fsck {folder} --repair` makes a new index of what can be saved"
 )
@@ -72,7 +72,8 @@ def _prove(path: Path, *, read_only: bool) -> None:
             metas = read_metas(head)
             newest = max(metas, key=lambda meta: meta.transaction)
         needed = (newest.last_page + 1) * newest.page_bytes
-        if file_bytes + MISSING_BYTES_MAX < needed:
+        # A transaction may take a new page for each that there is, and free it unwritten.
+        if 2 * file_bytes + GROWTH_BYTES_MIN < needed:
             raise CorruptError(f"it has {file_bytes} of its {needed} bytes")
         IndexPages(file_path, newest.page_bytes, needed).check(metas, DATABASES)
         if file_bytes < needed and not read_only:
@@ -146,6 +147,7 @@ class SsdIndex:
                 str(self.path), map_size=map_bytes, max_dbs=3, mode=0o600, create=create, **options
             )
             self._opened = os.stat(self.path / FILE_NAME)
+            self._seen_bytes = self._opened.st_size
         except (lmdb.Error, OSError) as error:
             raise ConfigError(f"SSD index {self.path}: {error}") from None
         try:
@@ -260,10 +262,12 @@ class SsdIndex:
 
     def lost(self) -> str:
         """Why nothing that is committed here will be found again; empty while it will."""
-        pages = self._env.info()["last_pgno"] + 1
-        written = pages * self._env.stat()["psize"] - MISSING_BYTES_MAX
-        nbytes = max(self._opened.st_size, written)  # it only grows
-        return lost_file(self.path / FILE_NAME, self._opened, nbytes)
+        path = self.path / FILE_NAME
+        why = lost_file(path, self._opened, self._seen_bytes)
+        if not why:
+            with contextlib.suppress(OSError):
+                self._seen_bytes = max(self._seen_bytes, path.stat().st_size)  # it only grows
+        return why
 
     def entries(self) -> tuple[list[bytes], list[bytes]]:
         """Keys and encoded records of every block; CorruptError if they cannot be read."""
