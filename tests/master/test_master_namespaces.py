@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -176,6 +177,58 @@ async def test_two_nodes_that_report_one_namespace_at_once_drop_one(
     slow.may_end.release(2)
     await asyncio.gather(*(cluster.add_namespace(report("new")) for _ in range(2)))
     assert names(master) == {"b", "c", "new"}
+
+
+async def test_I11_two_that_want_the_last_place_do_not_drop_each_other(
+    master: Master, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await (await master.node("node-a")).namespace(spec("kept"))
+    for name in ("old", "older"):
+        await master.cluster.add_namespace(report(name))
+    puts = 0
+    put = master.cluster._state.put_namespace
+
+    def counting(*args: Any) -> None:
+        nonlocal puts
+        puts += 1
+        put(*args)
+
+    monkeypatch.setattr(master.cluster._state, "put_namespace", counting)
+    master.cluster._adding[root("old")] += 1  # so that one place is left
+    adding = [master.cluster.add_namespace(report(name)) for name in ("b", "c")]
+    outcomes = await asyncio.wait_for(asyncio.gather(*adding, return_exceptions=True), DEADLINE_S)
+    assert sum(isinstance(outcome, ResourceExhaustedError) for outcome in outcomes) == 1
+    assert puts == 1
+    assert names(master) in ({"kept", "old", "b"}, {"kept", "old", "c"})
+
+
+async def test_I11_a_node_that_waits_for_a_slow_write_is_not_lost(
+    master: Master, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await master.node("node-a")
+    known = master.cluster.members.nodes["node-a"]
+    link = known.link
+    assert link is not None
+    writes, go_on = threading.Event(), threading.Event()
+    put = master.cluster._state.put_namespace
+
+    def slow(*args: Any) -> None:
+        writes.set()
+        assert go_on.wait(DEADLINE_S)
+        put(*args)
+
+    monkeypatch.setattr(master.cluster._state, "put_namespace", slow)
+    await node.report(namespace=report("slow"))
+    await until(writes.is_set)
+    members = master.cluster.members
+    members._checked_at = later = time.monotonic() + 3600.0
+    assert members.overdue(later) == []
+    known.last_seen = 0.0
+    go_on.set()
+    await until(lambda: not link.held_up)
+    assert known.last_seen
+    members._checked_at = later
+    assert members.overdue(later) == [link]  # as without the write
 
 
 async def test_a_drop_that_cannot_be_durable_is_none(

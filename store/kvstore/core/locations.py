@@ -309,7 +309,8 @@ class Locations:
             if self._adopt(group) is not group:
                 self._twins.add(group)
         self._never.with_place.clear()
-        self._places = {name: p for name, p in self._places.items() if not gone(p)}
+        used = {place for group in groups for place in group.places}
+        self._places = {name: p for name, p in self._places.items() if p in used}
         return stripped
 
     def _adopt(self, group: PlaceSet) -> PlaceSet:

@@ -46,8 +46,10 @@ class PlaceSet:
     def unlink(self) -> None:
         """Takes away all edges from and to this set."""
         for source, place in self.sources.items():
-            source.with_place.pop(place, None)
+            if source.with_place.get(place) is self:
+                del source.with_place[place]
             for reason in _WITHOUT_REASONS:
-                source.without.pop((place, reason), None)
+                if source.without.get((place, reason)) is self:
+                    del source.without[place, reason]
         for target in (*self.with_place.values(), *self.without.values()):
             target.sources.pop(self, None)

@@ -26,7 +26,7 @@ from kvstore.master.messages import check_root, clamped, end_value, run_message,
 
 LIST_ROWS = 100
 LIST_ROWS_MAX = 10_000
-PROMPT_TOKENS_MAX = 1 << 22
+PROMPT_TOKENS_MAX = 1 << 21  # that a message has room for
 PROMPT_BLOCKS_MAX = 131_072
 DIRECTIVE_TIMEOUT_S = 60.0
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
 
@@ -36,6 +37,7 @@ class Cluster:
         self._state = state
         self._writing = asyncio.Lock()
         self._writes: set[asyncio.Task[None]] = set()
+        self._adding: Counter[bytes] = Counter()  # roots that callers wait for
 
     @property
     def epoch(self) -> int:
@@ -76,8 +78,13 @@ class Cluster:
         that have no blocks; ResourceExhaustedError if there is none, or if it cannot be durable.
         """
         root = report.root
-        while not self._knows(report):
-            await self._whole(self._put_namespace(report))
+        self._adding[root] += 1  # else a writer behind this one would drop what it has written
+        try:
+            while not self._knows(report):
+                await self._whole(self._put_namespace(report))
+        finally:
+            self._adding[root] -= 1
+            self._adding += Counter()  # those that nobody waits for go
         self.namespaces[root] = self.namespaces.pop(root)
 
     def _knows(self, report: master_pb2.NamespaceReport) -> bool:
@@ -126,7 +133,7 @@ class Cluster:
         if len(reported) < len(self.namespaces):
             used = self.locations.roots()
             for root in self.namespaces:
-                if root not in reported and root not in used:
+                if root not in reported and root not in used and root not in self._adding:
                     return root
         raise ResourceExhaustedError(
             f"{NAMESPACES_MAX} namespaces are known, the most that a master keeps, and each is on "
@@ -157,6 +164,8 @@ class Cluster:
 
     async def _outgrow(self, epoch: int) -> None:
         """Moves on to an epoch newer than one that a node has seen from another master."""
+        if not self.index.must_outgrow(epoch):  # nor will it, as epochs only grow
+            return
         async with self._writing:
             if not self.index.must_outgrow(epoch):
                 return

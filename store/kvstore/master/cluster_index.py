@@ -71,7 +71,7 @@ class ClusterIndex:
         """PreconditionError for a node whose id another one took over that is here.
 
         One that comes back after that lives: two nodes have one id, and would throw each other out
-        for ever. The one that was started last stays.
+        for ever. The one that came last stays.
         """
         node = self.members.nodes.get(hello.node_id)
         if node is None or node.link is None or node.link.instance == hello.instance:
@@ -111,6 +111,11 @@ class ClusterIndex:
             self.leave(link)
 
     # Namespaces
+
+    def heard(self, node: Node, link: NodeLink, now: float) -> None:
+        """What the node has said meanwhile can be read again."""
+        if node.link is link:
+            node.last_seen = now
 
     def has(self, node: Node, link: NodeLink, root: bytes) -> None:
         """The node has this namespace, which is kept, until it drops it or leaves."""
@@ -244,10 +249,11 @@ class ClusterIndex:
         name = (node_id, Tier(events.tier), events.root, events.engine_id)
         if events.cleared:
             self.locations.clear(self.locations.place(*name))
-        place = self.locations.place(*name)
+        # A place is made anew for each: one that nothing is in is forgotten.
         if events.removed:
-            self.locations.removed(place, events.removed)
-        if refused := self.locations.stored(place, events.stored) if events.stored else 0:
+            self.locations.removed(self.locations.place(*name), events.removed)
+        if events.stored:
+            refused = self.locations.stored(self.locations.place(*name), events.stored)
             self._metrics.refused.inc(refused)
         if len(self.watchers):
             events.node_id = node_id

@@ -46,6 +46,7 @@ class NodeLink:
         self.resyncs = 0
         self.restart_inventory = False
         self.ended_because = ""
+        self.held_up = False  # whether its reports wait for a write of this master
         self.roots: set[bytes] = set()  # namespaces that this node has
         self.unkept: dict[bytes, master_pb2.NamespaceReport] = {}  # those that were not kept yet
         self.odd_tiers = False  # whether it was logged that this node names tiers that are none
@@ -204,9 +205,12 @@ class Membership:
         for node in self.connected():
             if pause > self._lost_after_s / 2:
                 node.last_seen = now
-            elif node.link and now - (node.last_seen or 0.0) > self._lost_after_s:
+            elif node.link and not node.link.held_up and self._silent(node, now):
                 late.append(node.link)
         return late
+
+    def _silent(self, node: Node, now: float) -> bool:
+        return now - (node.last_seen or 0.0) > self._lost_after_s
 
     def connected(self) -> list[Node]:
         """Nodes with a link, in the order of their ids."""

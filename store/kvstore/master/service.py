@@ -86,6 +86,7 @@ class MasterService(master_pb2_grpc.MasterServicer):
     async def _keep(self, node: Node, link: NodeLink, report: master_pb2.NamespaceReport) -> bool:
         """Whether the namespace is kept now; if not, it is noted, for a node tells it once."""
         root = report.root
+        link.held_up = True
         try:
             await self._cluster.add_namespace(report)
         except ResourceExhaustedError as error:
@@ -94,6 +95,9 @@ class MasterService(master_pb2_grpc.MasterServicer):
             if root in link.unkept or len(link.unkept) < UNKEPT_MAX:
                 link.unkept[root] = report
             return False
+        finally:
+            link.held_up = False
+            self._cluster.index.heard(node, link, time.monotonic())
         if link.unkept.pop(root, None) is not None:
             log.info("namespace %s is kept now", root.hex())
         self._cluster.index.has(node, link, root)

@@ -12,7 +12,7 @@ from kvstore.durable import private_directory
 from kvstore.errors import ConfigError, ResourceExhaustedError
 from kvstore.master.state.base import FORMAT_VERSION, NAMESPACES_MAX, NODES_MAX, KnownNode
 
-MAP_BYTES = 256 << 20
+MAP_BYTES = 2 << 30  # of address space: NAMESPACES_MAX of the longest, and their copies
 _FORMAT = b"format_version"
 _EPOCH = b"cluster_epoch"
 _U64 = struct.Struct("<Q")
