@@ -89,7 +89,7 @@ def make_connector(transfer: KVTransferConfig, spec: CacheSpec, engine_id: str) 
         module = importlib.import_module(name)
         create = module.create_connector
         getattr(module, transfer.kv_connector)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"kv-transfer-config: no connector {transfer.kv_connector!r} in module {name}: {error}"
         ) from None

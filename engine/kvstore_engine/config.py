@@ -26,7 +26,7 @@ class KVTransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine_id: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kv_connector_module_path is None and self.kv_connector not in CONNECTOR_MODULES:
+        if not self.kv_connector_module_path and self.kv_connector not in CONNECTOR_MODULES:
             raise ConfigError(
                 f"kv-transfer-config: unknown connector {self.kv_connector!r}; known: "
                 f"{', '.join(CONNECTOR_MODULES)}; kv_connector_module_path names the module of "

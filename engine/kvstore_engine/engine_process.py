@@ -197,7 +197,8 @@ def main() -> None:
     """Entry point of ``python -m kvstore_engine.engine_process``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    # Taken first: a parent that ends while the model is loading is noticed all the same.
+    # Taken first: a parent that ends while the model is loading is noticed all the same. One that
+    # ended before has left this process to another, which is compared below.
     try:
         parent_fd = os.pidfd_open(os.getppid())
     except ProcessLookupError:
@@ -206,6 +207,8 @@ def main() -> None:
         launch = decode_launch(sys.stdin.buffer.readline())
     except msgspec.MsgspecError as error:
         sys.exit(f"engine process: stdin holds no launch line: {error}")
+    if launch.server not in (0, os.getppid()):
+        sys.exit(1)
     sys.exit(run(launch, parent_fd))
 
 

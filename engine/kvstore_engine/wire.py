@@ -18,6 +18,7 @@ class Launch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine: EngineConfig
     requests: str  # ZeroMQ endpoint that the server bound for PUSH; the engine pulls
     outputs: str  # ZeroMQ endpoint that the server bound for PULL; the engine pushes
+    server: int = 0  # its process id; 0: whoever is the parent
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,5 +1,6 @@
 """Configuration is checked once, at the edge, with messages that say what to do."""
 
+import re
 import types
 
 import pytest
@@ -127,14 +128,16 @@ def test_a_connector_comes_from_its_module(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_connector_module_that_is_none_is_refused() -> None:
     spec = CacheSpec.raw("x", block_bytes=1)
-    for name in ("no_such_module_anywhere", "json"):
-        with pytest.raises(ConfigError, match=name):
+    for name in ("no_such_module_anywhere", "json", ".relative", ".."):
+        with pytest.raises(ConfigError, match=f"module {re.escape(name)}"):
             make_connector(KVTransferConfig("x", kv_connector_module_path=name), spec, "e")
 
 
 def test_a_connector_of_another_name_than_its_modules_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown connector 'Nope'; known: KVStoreConnector"):
         parse_kv_transfer_config('{"kv_connector":"Nope"}')
+    with pytest.raises(ConfigError, match="unknown connector 'Nope'"):
+        parse_kv_transfer_config('{"kv_connector":"Nope","kv_connector_module_path":""}')
     module = "kvstore_connector.bundled"
     transfer = KVTransferConfig("Nope", kv_connector_module_path=module)
     with pytest.raises(ConfigError, match=f"no connector 'Nope' in module {module}"):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -127,6 +128,46 @@ async def test_where_all_connections_wait_for_answers_one_more_is_a_503(
             task.cancel()
         await until(lambda: not api.engine.open_requests)
         assert (await api.client.get("/health")).status_code == 200
+
+
+async def test_I7_others_have_their_turn_while_many_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http_server, "CONNECTIONS_MAX", 1)
+    turns, at_refusal = 0, []
+    refuse = http_server._refuse
+
+    def refused(accepted: socket.socket) -> None:
+        at_refusal.append(turns)
+        refuse(accepted)
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(http_server, "_refuse", refused)
+    async with server() as api:
+        waiting = asyncio.create_task(api.post("/v1/completions", **HANG))
+        await until(lambda: api.engine.open_requests == 1)
+        ticker = asyncio.create_task(take_turns())
+        address = ("127.0.0.1", api.client.base_url.port or 0)
+        flood = [socket.create_connection(address) for _ in range(40)]  # none is accepted meanwhile
+        await until(lambda: len(at_refusal) == len(flood))
+        assert len(set(at_refusal)) == len(flood)
+        for each in flood:
+            each.close()
+        ticker.cancel()
+        waiting.cancel()
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_connection_whose_answer_is_on_its_way_is_not_idle(left: int) -> None:
+    connection = http_server.Connection.__new__(http_server.Connection)
+    connection.cycle = None  # type: ignore[assignment]
+    connection.transport = Mock(get_write_buffer_size=lambda: left)
+    assert connection.idle == (not left)
 
 
 async def test_I7_without_open_files_it_says_so_once_and_goes_on_later(

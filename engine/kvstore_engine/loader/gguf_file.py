@@ -61,7 +61,7 @@ def gguf_config(reader: Any, path: Path) -> ModelConfig:
     ends = (fields.token_id("eos"), fields.token_id("eot"))
     return ModelConfig(
         architecture=architecture,
-        name=printable(fields.value("general.name")),
+        name=_name(fields),
         hidden_size=hidden,
         num_layers=fields.integer("{arch}.block_count"),
         num_heads=heads,
@@ -78,6 +78,13 @@ def gguf_config(reader: Any, path: Path) -> ModelConfig:
         bos_token_id=fields.token_id("bos"),
         eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
     )
+
+
+def _name(fields: GgufFields) -> str:
+    try:
+        return printable(fields.value("general.name"))
+    except UnicodeDecodeError:
+        return ""
 
 
 def _rope(fields: GgufFields, factors: Any, path: Path) -> RopeConfig:

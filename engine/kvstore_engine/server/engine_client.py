@@ -104,7 +104,7 @@ class EngineClient:
             env=_engine_environment(),
             process_group=0,
         )
-        launch = wire.encode_launch(wire.Launch(config, requests, outputs))
+        launch = wire.encode_launch(wire.Launch(config, requests, outputs, os.getpid()))
         assert self._process.stdin is not None
         with contextlib.suppress(ConnectionError):  # it ended already: the watcher says so
             self._process.stdin.write(launch)

@@ -38,8 +38,9 @@ class Connection(H11Protocol):
 
     @property
     def idle(self) -> bool:
-        """Whether no request waits for its answer."""
-        return self.cycle is None or self.cycle.response_complete
+        """Whether no request waits for its answer, and none is on its way to the client."""
+        answered = self.cycle is None or self.cycle.response_complete
+        return answered and not self.transport.get_write_buffer_size()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -67,6 +68,15 @@ class Connection(H11Protocol):
     def shutdown(self) -> None:
         if not self.transport.is_closing():
             super().shutdown()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:  # its answer is on the way already
+            self.transport.close()
+
+    def _should_upgrade(self) -> bool:
+        return False
 
     def _limit(self, what: object, seconds: float = 0.0) -> None:
         if what is self._limited:
@@ -129,12 +139,16 @@ class HttpServer(uvicorn.Server):
                     await loop.connect_accepted_socket(self._connection, accepted)
                 else:
                     _refuse(accepted)
+                    await asyncio.sleep(0)  # while connections wait, sock_accept does not
             except ConnectionError:
-                continue
+                await asyncio.sleep(0)
             except OSError as error:
                 if loop.time() > told_s + ACCEPT_LOG_S:
                     told_s = loop.time()
                     log.error("cannot accept connections for now: %s", error.strerror or error)
+                await asyncio.sleep(ACCEPT_RETRY_S)
+            except Exception:
+                log.exception("a connection could not be accepted")
                 await asyncio.sleep(ACCEPT_RETRY_S)
 
     def _connection(self) -> Connection:

@@ -74,7 +74,7 @@ class Service:
 
     def check_choices(self, prompts: int, choices: int) -> None:
         """ApiError for more completions than one request may ask for: a quarter of all room."""
-        allowed = max(self.open_max // ROOM_SHARES, CHOICES_MAX)
+        allowed = min(max(self.open_max // ROOM_SHARES, CHOICES_MAX), max(self.open_max, 1))
         if prompts * choices > allowed:
             raise bad_request(
                 f"{prompts} prompts with {choices} choices each are {prompts * choices} "
