@@ -89,7 +89,8 @@ def raise_file_limit() -> None:
     """As many open files as this process may have; what it inherits is meant for ``select``."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        with contextlib.suppress(ValueError, OSError):  # the system may allow less by now
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class StopEvent(asyncio.Event):

@@ -139,7 +139,7 @@ class CoreConfig:
     open_keys_per_session_max: int = 1 << 19  # of its open acquires and reserves
     open_keys_max: int = 1 << 22  # all sessions together
     waiting_max: int = 4096  # acquires, and reserves, that wait, all sessions together
-    waiting_per_session_max: int = 512
+    waiting_per_session_max: int = 1024
     wait_s_max: float = 600.0  # who would wait longer for blocks or space waits as long
     shards_max: int = 256
     shard_timeout_s: float = 30.0  # a block with shards that nobody fills any more is given up
