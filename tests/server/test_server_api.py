@@ -333,10 +333,15 @@ async def test_I7_too_many_open_completions_are_a_429(
     api: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api.service, "open_max", 2)
-    response = await api.post("/v1/completions", prompt="a", n=3)
+    never = await api.post("/v1/completions", prompt="a", n=3)
+    assert never.status_code == 400  # to try again later would be of no use
+    waiting = asyncio.create_task(api.post("/v1/completions", prompt="abc", cache_salt="hang"))
+    await until(lambda: api.engine.open_requests == 1)
+    response = await api.post("/v1/completions", prompt="a", n=2)
     assert response.status_code == 429
     assert response.headers["retry-after"] == "1"
-    assert api.engine.open_requests == 0
+    waiting.cancel()
+    await until(lambda: api.engine.open_requests == 0)
 
 
 async def test_a_bug_is_a_500_without_its_traceback(
