@@ -23,33 +23,41 @@ SIGNAL_SPREAD_S = 0.3
 DEFAULT_DATA_DIR = Path.home() / ".local" / "share" / "kvstore"
 
 
+_DataDir = Annotated[
+    str,
+    typer.Option(
+        metavar="DIR",
+        help="Directory of this store, its SSD tier included.",
+        show_default="~/.local/share/kvstore",
+    ),
+]
+_SsdAdmission = Annotated[
+    str,
+    typer.Option(
+        metavar="POLICY",
+        help="Which blocks are written to SSD: always, second-use (once used again), or "
+        "reuse (what is used more than what it displaces).",
+    ),
+]
+_ScrubRate = Annotated[
+    float,
+    typer.Option(
+        "--scrub-mb-s",
+        metavar="MB/S",
+        help="How fast SSD blocks are verified in the background; 0: not at all.",
+    ),
+]
+_Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Allow addresses that others on the network reach.")
+]
+
+
 def up(
-    data_dir: Annotated[
-        str,
-        typer.Option(
-            metavar="DIR",
-            help="Directory of this store, its SSD tier included.",
-            show_default="~/.local/share/kvstore",
-        ),
-    ] = str(DEFAULT_DATA_DIR),
+    data_dir: _DataDir = str(DEFAULT_DATA_DIR),
     dram: Annotated[str, size_option("--dram", "Size of the DRAM tier, in /dev/shm.")] = "1GiB",
     ssd: Annotated[str, size_option("--ssd", "Size of the SSD tier; 0: none.")] = "8GiB",
-    ssd_admission: Annotated[
-        str,
-        typer.Option(
-            metavar="POLICY",
-            help="Which blocks are written to SSD: always, second-use (once used again), or "
-            "reuse (what is used more than what it displaces).",
-        ),
-    ] = NodeConfig.ssd_admission,
-    scrub_mb_s: Annotated[
-        float,
-        typer.Option(
-            "--scrub-mb-s",
-            metavar="MB/S",
-            help="How fast SSD blocks are verified in the background; 0: not at all.",
-        ),
-    ] = NodeConfig.scrub_mb_s,
+    ssd_admission: _SsdAdmission = NodeConfig.ssd_admission,
+    scrub_mb_s: _ScrubRate = NodeConfig.scrub_mb_s,
     listen: Annotated[
         str,
         typer.Option(metavar="ADDRESS", help="Of the node: unix:PATH [DATA_DIR/node.sock]."),
@@ -70,10 +78,7 @@ def up(
     pool_dir: Annotated[
         str, typer.Option(metavar="DIR", help="File system in memory for the DRAM tier.")
     ] = "/dev/shm",
-    insecure: Annotated[
-        bool,
-        typer.Option("--insecure", help="Allow addresses that others on the network reach."),
-    ] = False,
+    insecure: _Insecure = False,
     log_level: Annotated[
         str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")
     ] = "warning",
