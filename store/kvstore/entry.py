@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+GRPC_EXPERIMENTS = "-event_engine_client,-event_engine_listener"
 
 
 def _end(_signal: int, _frame: FrameType | None) -> None:
@@ -32,3 +33,13 @@ def quiet_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def wake_few_threads() -> None:
+    """Has gRPC of this process read its sockets on the thread that serves them.
+
+    Its own event engine takes several threads for each message, which takes the cores of others:
+    docs/decisions/0005-grpc-without-its-event-engine.md. Before grpc is imported; what the user
+    set stays.
+    """
+    os.environ.setdefault("GRPC_EXPERIMENTS", GRPC_EXPERIMENTS)

@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 import zmq
 import zmq.asyncio
+from kvstore.entry import GRPC_EXPERIMENTS
 from kvstore.errors import ConfigError, UnavailableError
 
 from kvstore_engine import wire
@@ -55,6 +56,7 @@ def _engine_environment() -> dict[str, str]:
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", OPENMP_SPINS)
     environment.setdefault("GLIBC_TUNABLES", ALLOCATOR_SETTINGS)
+    environment.setdefault("GRPC_EXPERIMENTS", GRPC_EXPERIMENTS)
     return environment
 
 

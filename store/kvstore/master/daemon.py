@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from kvstore.entry import quiet_interrupt
+from kvstore.entry import quiet_interrupt, wake_few_threads
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
+    wake_few_threads()
     with quiet_interrupt():
         from kvstore.master.serving import run
 

@@ -1,0 +1,31 @@
+"""What a daemon sets before it imports gRPC."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from kvstore import entry
+
+CALL = """
+import os
+from kvstore.entry import wake_few_threads
+
+wake_few_threads()
+import grpc
+
+grpc.insecure_channel("unix:/nowhere").close()
+print(os.environ["GRPC_EXPERIMENTS"])
+"""
+
+
+def test_the_installed_grpc_knows_what_it_is_told() -> None:
+    done = subprocess.run([sys.executable, "-c", CALL], capture_output=True, text=True, check=True)
+    assert "xperiment" not in done.stderr
+    assert done.stdout.strip() == entry.GRPC_EXPERIMENTS
+
+
+def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRPC_EXPERIMENTS", "")
+    entry.wake_few_threads()
+    assert not os.environ["GRPC_EXPERIMENTS"]
