@@ -31,7 +31,6 @@ from benchmarks.raw_disk import PAGE_BYTES, RawDisk
 
 ROUNDS = 30
 SSD_ROUNDS = 8
-SSD_BYTES = 2 << 30
 
 
 @contextlib.contextmanager
@@ -111,7 +110,7 @@ async def _measure(nodes: Sequence[NodeProcess], rounds: int) -> list[Row]:
 def run(rounds: int) -> list[Row]:
     """All rows."""
     dram = str(local.POOL_BATCHES * local.BATCH_BYTES)
-    flags = ("--ssd", str(SSD_BYTES), "--scrub-mb-s", "0")
+    flags = ("--ssd", str(ssd.SSD_BYTES), "--scrub-mb-s", "0")
     with running(dram, *flags) as on, running(dram, *flags, module="benchmarks.checks") as off:
         return asyncio.run(_measure([on, off], rounds))
 

@@ -59,7 +59,6 @@ def test_checks(small_ssd: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "BATCH_BYTES", 2 * MIB)
     monkeypatch.setattr(local, "POOL_BATCHES", 8)
     monkeypatch.setattr(local, "ROUND_BATCHES", 4)
-    monkeypatch.setattr(checks, "SSD_BYTES", 96 * MIB)
     rows = by_metric(checks.run(1))
     assert {"checks_get", "checks_get_64KiB", "checks_get_ssd"} == set(rows)
 
