@@ -37,8 +37,8 @@ class ConnectorConfig:
     min_load_blocks: int = 1  # fewer than this are not worth a load
     save_timeout_s: float = 5.0  # for one batch, waiting for space included
     save_queue_bytes: int = 256 << 20  # pages that wait to be saved; beyond it saves are dropped
-    save_batch_bytes: int = 64 << 20  # bytes of one Reserve and Commit
-    save_linger_s: float = 0.5  # how long blocks wait for others, to be saved in one batch
+    save_batch_bytes: int = 128 << 20  # of the chains that are saved side by side
+    save_linger_s: float = 2.0  # while requests run, blocks wait so long for others of a batch
 
     def __post_init__(self) -> None:
         if not self.node:

@@ -17,7 +17,7 @@ from kvstore_connector.pages import Bytes, PageRows
 from kvstore_connector.saves import Chain, Saves
 from kvstore_connector.store import Connect
 
-HBM_REPORT_S = 0.5
+HBM_REPORT_S = 1.0
 FLUSH_S_MAX = 2.0
 
 
@@ -107,12 +107,16 @@ class ConnectorCore:
         if held < len(keys):
             parent = keys[held - 1] if held else parent
             self._saves.add(Chain(parent, keys[held:], pages[held:]))
+            if not self._lookups.num_open:
+                self._saves.hurry()
 
     def request_finished(self, request_id: str) -> None:
         """The request ended: its running load ends early."""
         self._lookups.forget(request_id)
         if self._loads is not None:
             self._loads.cancel(request_id)
+        if self._saves is not None and not self._lookups.num_open:
+            self._saves.hurry()
 
     def pages_changed(self, stored: Sequence[bytes], removed: Sequence[bytes]) -> None:
         """Keys that came into or left the engine's own prefix cache."""

@@ -48,6 +48,11 @@ class Lookups:
         self._counters = counters
         self._open: dict[str, Lookup] = {}
 
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._open)
+
     def start(self, request_id: str, keys: list[bytes]) -> None:
         """A request arrived: sets its look-up going."""
         namespace = self._link.namespace

@@ -94,7 +94,8 @@ class Saves:
         self._blocks = 0  # queued or being saved
         self._keys: set[bytes] = set()  # of those
         self._busy = False
-        self._hurry = asyncio.Event()  # of the link's loop: what is queued should not wait
+        self._asked = False  # what is queued should not wait for more
+        self._wake = asyncio.Event()  # of the link's loop: look again whether a batch is due
         self._copier = ThreadPoolExecutor(
             1, thread_name_prefix="kvstore-save", initializer=_yield_to_others
         )
@@ -120,9 +121,16 @@ class Saves:
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until everything queued is saved or given up; for an orderly end."""
+        self.hurry()
         with self._changed:
-            self._link.submit(self._hurry.set)
             return self._changed.wait_for(lambda: not self._blocks, timeout_s)
+
+    def hurry(self) -> None:
+        """What is queued waits for no others: nothing more may come for a while."""
+        with self._changed:
+            if self._blocks and not self._asked:
+                self._asked = True
+                self._link.submit(self._wake.set)
 
     def close(self) -> None:
         """Gives everything back, after a copy that is under way. The link is closed before."""
@@ -138,12 +146,13 @@ class Saves:
         if not self._busy:
             self._busy = self._link.submit(self._spawn)
         elif self._blocks >= self._batch_blocks_max:
-            self._link.submit(self._hurry.set)
+            self._link.submit(self._wake.set)
 
     def _take_all(self) -> list[Chain]:
         """What is saved next, side by side: as many chains as one batch has room for."""
         with self._changed:
             chains: list[Chain] = []
+            self._asked = self._asked and bool(self._queue)
             room = self._batch_blocks_max
             while self._queue and room:
                 chains.append(self._take(room))
@@ -180,16 +189,18 @@ class Saves:
     def _spawn(self) -> None:
         self._link.spawn(self._run())
 
+    def _due(self) -> bool:
+        """Whether what is queued is saved now; while nothing is being saved."""
+        with self._changed:
+            return self._asked or self._blocks >= self._batch_blocks_max or not self._blocks
+
     async def _linger(self) -> None:
         """Lets more blocks come: every batch costs node and client the same, however small."""
-        with self._changed:
-            if self._blocks >= self._batch_blocks_max:
-                return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._linger_s):
-                await self._hurry.wait()
-        # Not before the wait: a flush may have asked before this ran.
-        self._hurry.clear()
+                while not self._due():
+                    self._wake.clear()
+                    await self._wake.wait()
 
     async def _run(self) -> None:
         await self._linger()
@@ -200,6 +211,7 @@ class Saves:
             finally:
                 for chain in chains:
                     self._done(chain)
+            await self._linger()
 
     async def _try_to_save(self, batch: Chain) -> None:
         saved = 0

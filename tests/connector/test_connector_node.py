@@ -84,6 +84,7 @@ def test_an_evicted_block_says_so(node: NodeProcess) -> None:
         rig.core.on_request("r", KEYS)
         if rig.core.match("r", 0)[0] < 12:
             break
+        rig.core.request_finished("r")
     found, _ = rig.core.match("r", 0)
     if found:
         assert rig.load(KEYS).end_reason == "evicted"

@@ -69,6 +69,47 @@ def test_large_chains_are_saved_in_batches(make_rig: Callable[..., Rig]) -> None
     assert rig.store.calls == ["reserve 4", "reserve 4", "reserve 2"]
 
 
+def test_saves_wait_for_a_batch_while_a_request_runs(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(save_linger_s=60)
+    keys = rig.keys(5)
+    rig.core.on_request("runs", keys)
+    rig.save(keys[:2])
+    rig.save(keys[2:], keys[1], first_page=2)
+    rig.core.on_request("ends first", keys)
+    rig.core.request_finished("ends first")
+    rig.core.request_finished("runs")
+    rig.wait(pages=5)
+    assert rig.store.calls == ["reserve 5"]
+
+
+def test_nothing_waits_where_no_request_runs(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(save_linger_s=60)
+    keys = rig.keys(3)
+    rig.save(keys[:2])
+    rig.wait(pages=2)
+    rig.save(keys[2:], keys[1])
+    rig.wait(pages=3)
+
+
+def test_a_full_batch_does_not_wait_and_what_comes_behind_it_does(
+    make_rig: Callable[..., Rig],
+) -> None:
+    rig = make_rig(save_linger_s=60, save_batch_bytes=4 * BLOCK_BYTES)
+    keys = rig.keys(7)
+    rig.core.on_request("runs", keys)
+    rig.store.hold_copy = threading.Event()
+    rig.save(keys[:4])
+    assert rig.store.in_copy.wait(10)
+    rig.save(keys[4:6], keys[3], first_page=4)
+    rig.store.hold_copy.set()
+    rig.wait(pages=4)
+    wait_until(lambda: stored_right(rig.store, keys[:4]))
+    rig.save(keys[6:], keys[5], first_page=6)
+    rig.core.request_finished("runs")
+    rig.wait(pages=7)
+    assert rig.store.calls == ["reserve 4", "reserve 3"]
+
+
 def test_what_is_being_saved_is_not_saved_twice(rig: Rig) -> None:
     keys = rig.keys(6)
     rig.store.hold_copy = threading.Event()
