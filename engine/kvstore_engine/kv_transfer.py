@@ -88,6 +88,10 @@ class KVConnector(Protocol):
         """Stores consecutive blocks of one chain behind ``parent`` (None: the root)."""
         ...
 
+    def hurry_saves(self) -> None:
+        """Pages are short: those given to ``save`` should come back soon. Often called in a row."""
+        ...
+
     def request_finished(self, request_id: str) -> None:
         """The request ended or was aborted: forget it. A running load still ends by its result,
         and running saves by their pages.

@@ -139,6 +139,8 @@ class Transfers:
                 continue
             self._blocks.unpin(load.pages)
         self._save_waiting()
+        if self._unsaved or self._blocks.num_pinned > self._blocks.num_free:
+            self.connector.hurry_saves()
         return ended
 
     def expire(self, now: float) -> list[Load]:

@@ -62,6 +62,10 @@ class KVStoreConnector:
         """Stores blocks; their pages come back from ``poll``, saved or not."""
         self._core.save(parent, [block.key for block in blocks], [block.page for block in blocks])
 
+    def hurry_saves(self) -> None:
+        """What is to be saved waits for no others of its batch."""
+        self._core.hurry_saves()
+
     def request_finished(self, request_id: str) -> None:
         """Forgets the request."""
         self._core.request_finished(request_id)

@@ -73,9 +73,10 @@ class ConnectorCore:
             pages,
             self._outbox,
             self._counters,
-            # Pages that wait to be saved are lost to the engine: never more than half of them.
+            # Pages that wait to be saved are lost to the engine: never more than half of them, and
+            # an eighth of them does not wait for more.
             queue_bytes=min(self.config.save_queue_bytes, rows.nbytes // 2),
-            batch_bytes=self.config.save_batch_bytes,
+            batch_bytes=min(self.config.save_batch_bytes, rows.nbytes // 8),
             linger_s=self.config.save_linger_s,
             timeout_s=self.config.save_timeout_s,
         )
@@ -110,13 +111,18 @@ class ConnectorCore:
             if not self._lookups.num_open:
                 self._saves.hurry()
 
+    def hurry_saves(self) -> None:
+        """The engine wants its pages back: what is to be saved waits for no others of its batch."""
+        if self._saves is not None:
+            self._saves.hurry()
+
     def request_finished(self, request_id: str) -> None:
         """The request ended: its running load ends early."""
         self._lookups.forget(request_id)
         if self._loads is not None:
             self._loads.cancel(request_id)
-        if self._saves is not None and not self._lookups.num_open:
-            self._saves.hurry()
+        if not self._lookups.num_open:
+            self.hurry_saves()
 
     def pages_changed(self, stored: Sequence[bytes], removed: Sequence[bytes]) -> None:
         """Keys that came into or left the engine's own prefix cache."""

@@ -152,11 +152,11 @@ class Saves:
         """What is saved next, side by side: as many chains as one batch has room for."""
         with self._changed:
             chains: list[Chain] = []
-            self._asked = self._asked and bool(self._queue)
             room = self._batch_blocks_max
             while self._queue and room:
                 chains.append(self._take(room))
                 room -= len(chains[-1].keys)
+            self._asked = self._asked and bool(self._queue)
             self._busy = bool(chains)
             return chains
 

@@ -40,6 +40,7 @@ def test_pages_travel_through_the_seam(connector: KVStoreConnector) -> None:
     keys = Rig.chain(seam.root, 3)
     seam.on_request("a", keys)
     seam.save("a", None, [SaveBlock(key, page) for page, key in enumerate(keys)])
+    seam.hurry_saves()
     assert wait_for(seam, pages=3).saved_pages == [0, 1, 2]
     wait_until(lambda: (found := seam.match("a", 0)) is not None and found.blocks == 3)
     seam.start_load("a", 0, [5, 6, 7])

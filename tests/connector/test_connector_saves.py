@@ -45,7 +45,8 @@ def test_a_hole_in_the_store_is_filled(rig: Rig) -> None:
     wait_until(lambda: stored_right(rig.store, keys))
 
 
-def test_chains_that_continue_each_other_share_a_reserve(rig: Rig) -> None:
+def test_chains_that_continue_each_other_share_a_reserve(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(num_pages=128)
     keys = rig.keys(12)
     rig.store.hold_copy = threading.Event()
     rig.save(keys[:2])
@@ -80,6 +81,21 @@ def test_saves_wait_for_a_batch_while_a_request_runs(make_rig: Callable[..., Rig
     rig.core.request_finished("runs")
     rig.wait(pages=5)
     assert rig.store.calls == ["reserve 5"]
+
+
+def test_an_engine_that_is_short_of_pages_has_them_saved_at_once(
+    make_rig: Callable[..., Rig],
+) -> None:
+    rig = make_rig(save_linger_s=60, num_pages=64)
+    keys = rig.keys(10)
+    rig.core.on_request("runs", keys)
+    rig.save(keys[:2])
+    rig.core.hurry_saves()
+    rig.wait(pages=2)
+    wait_until(lambda: stored_right(rig.store, keys[:2]))
+    rig.save(keys[2:], keys[1], first_page=2)  # an eighth of its pages
+    rig.wait(pages=10)
+    assert rig.store.calls == ["reserve 2", "reserve 8"]
 
 
 def test_nothing_waits_where_no_request_runs(make_rig: Callable[..., Rig]) -> None:

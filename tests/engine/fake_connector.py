@@ -53,6 +53,7 @@ class FakeConnector:
         self.tick = 0
         self.loads_started = 0
         self.short_loads = 0
+        self.hurried = 0
         self.hbm: set[bytes] = set()
         self.closed = False
         self._random = random.Random(self.seed)
@@ -98,6 +99,9 @@ class FakeConnector:
     def save(self, request_id: str, parent: bytes | None, blocks: list[SaveBlock]) -> None:
         due = float("inf") if self.manner.never_save else self._due(self.manner.save_delay_max)
         self._saves.append(_Save(list(blocks), due))
+
+    def hurry_saves(self) -> None:
+        self.hurried += 1
 
     def request_finished(self, request_id: str) -> None:
         del self._known[request_id]

@@ -152,6 +152,15 @@ def test_saves_that_found_no_room_are_made_later() -> None:
     rig.engine.blocks.check_idle()
 
 
+def test_saves_are_asked_to_hurry_only_while_pages_are_short() -> None:
+    connector = FakeConnector(ROOT, manner=Manner(save_delay_max=3))
+    Rig(connector, num_pages=64, max_context=80).ask("r", PROMPT, 2)
+    assert not connector.hurried
+    small = FakeConnector(ROOT, manner=Manner(save_delay_max=3))
+    Rig(small, num_pages=20, max_context=48, max_batch_tokens=64).ask("r", PROMPT, 2)
+    assert small.hurried
+
+
 def test_a_block_that_left_hbm_before_it_was_saved_is_skipped() -> None:
     connector = FakeConnector(ROOT, manner=Manner(never_save=True))
     rig = Rig(connector, num_pages=20, max_context=48, max_batch_tokens=64)
