@@ -15,9 +15,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import lmdb
 
@@ -31,7 +30,7 @@ from kvstore.node.ssd_index import SsdIndex, is_full
 log = logging.getLogger(__name__)
 
 IO_THREADS = 4  # writes that the device has at a time
-VERIFYING = 2  # threads beside those
+VERIFYING = 2  # threads that prove what is to be written, ahead of those
 RUN_BYTES = 4 << 20
 GROUP_BYTES = 64 << 20
 GROUP_WRITES = 16384
@@ -61,6 +60,17 @@ class _Group:
     bad: dict[int, IoOutcome] = field(default_factory=dict)  # why one is not on the medium, by id
 
 
+Step = Callable[[Sequence[WriteSsd], dict[int, IoOutcome]], None]
+
+
+class _Run(NamedTuple):
+    """Neighbours on the medium, written as one request."""
+
+    writes: Sequence[WriteSsd]
+    group: _Group
+    bad: dict[int, IoOutcome]  # as the group's
+
+
 class SsdWriter:
     """Carries out changes of the SSD tier; ``submit_*`` may be called from one thread only.
 
@@ -86,10 +96,17 @@ class SsdWriter:
         self._reports = reports
         self._post = post
         self._ended = ended
-        # Some more: while they verify, the others keep the device busy. With twice as many the
-        # device waited longer for the first of a group, and for the interpreter.
-        self._writers = ThreadPoolExecutor(IO_THREADS + VERIFYING, "ssd-write")
-        self._may_write = threading.Semaphore(IO_THREADS)
+        # A writer finds its next run proven: between two writes it waits for the interpreter once.
+        self._begun_runs: queue.SimpleQueue[_Run | None] = queue.SimpleQueue()
+        self._proven_runs: queue.SimpleQueue[_Run | None] = queue.SimpleQueue()
+        self._provers = [
+            threading.Thread(target=self._prove_loop, name=f"ssd-prove-{i}")
+            for i in range(VERIFYING)
+        ]
+        self._writers = [
+            threading.Thread(target=self._write_loop, name=f"ssd-write-{i}")
+            for i in range(IO_THREADS)
+        ]
         self._writes: queue.SimpleQueue[Sequence[WriteSsd] | None] = queue.SimpleQueue()
         self._may_begin = threading.Semaphore(GROUPS_BEGUN_MAX)
         self._begun: deque[_Group] = deque()  # in the order in which they become durable
@@ -98,8 +115,8 @@ class SsdWriter:
         self._ready: queue.SimpleQueue[Sequence[DropSsd] | None] = queue.SimpleQueue()
         self._starter = threading.Thread(target=self._start_loop, name="ssd-start")
         self._committer = threading.Thread(target=self._commit_loop, name="ssd-commit")
-        self._starter.start()
-        self._committer.start()
+        for thread in (self._starter, *self._provers, *self._writers, self._committer):
+            thread.start()
 
     def submit_writes(self, writes: Sequence[WriteSsd]) -> None:
         """Queues writes; they become durable in this order, in groups."""
@@ -121,7 +138,14 @@ class SsdWriter:
         """Ends the threads after what they have in hand."""
         self._writes.put(None)
         self._starter.join()
-        self._writers.shutdown()
+        for runs, threads in (
+            (self._begun_runs, self._provers),
+            (self._proven_runs, self._writers),
+        ):
+            for _ in threads:
+                runs.put(None)
+            for thread in threads:
+                thread.join()
         self._ready.put(None)
         self._committer.join()
 
@@ -131,7 +155,7 @@ class SsdWriter:
             group = _Group(writes, len(runs))
             self._begun.append(group)
             for run in runs:
-                self._writers.submit(self._write_run, run, group)
+                self._begun_runs.put(_Run(run, group, {}))
             if not runs:
                 self._ready.put(())
 
@@ -258,34 +282,53 @@ class SsdWriter:
             return {id(op): IoOutcome.FAILED for op in writes}
         return bad
 
-    def _write_run(self, run: Sequence[WriteSsd], group: _Group) -> None:
+    def _prove_loop(self) -> None:
+        while (run := self._begun_runs.get()) is not None:
+            if self._carried_out(self._prove, run):
+                self._proven_runs.put(run)
+            else:
+                self._end_run(run)
+
+    def _write_loop(self) -> None:
+        while (run := self._proven_runs.get()) is not None:
+            self._carried_out(self._write, run)
+            self._end_run(run)
+
+    def _carried_out(self, step: Step, run: _Run) -> bool:
         try:
-            bad = self._written(run)
+            step(run.writes, run.bad)
         except Exception:  # a bug; without its end the group would be waited for for ever
             log.exception("a run of writes failed")
             self._fail("a bug; the log has it")
-            bad = {id(op): IoOutcome.FAILED for op in run}
+            run.bad.update((id(op), IoOutcome.FAILED) for op in run.writes)
+            return False
+        return True
+
+    def _end_run(self, run: _Run) -> None:
+        group = run.group
         with self._group_lock:
-            group.bad |= bad
+            group.bad |= run.bad
             group.running -= 1
             if group.running:
                 return
         self._ready.put(())
 
-    def _written(self, run: Sequence[WriteSsd]) -> dict[int, IoOutcome]:
-        """Writes data; by id, why a request's data is not on the medium."""
-        bad = {id(op): IoOutcome.CORRUPT for op in run if not self._proven(op)}
+    def _write(self, run: Sequence[WriteSsd], bad: dict[int, IoOutcome]) -> None:
+        """Writes data; notes those requests whose data is not on the medium."""
         try:
             faultpoint("ssd.data")
-            slots = ssd_block.slots_of(run, self._memory)
-            with self._may_write:
-                self.file.write(slots, run[0].ssd_offset)
+            self.file.write(ssd_block.slots_of(run, self._memory), run[0].ssd_offset)
         except OSError as error:
             if len(run) > 1:  # the others of the run may find sound places
-                return {place: why for op in run for place, why in self._written([op]).items()}
+                for op in run:
+                    self._write([op], bad)
+                return
             log.error("SSD write at byte %d failed: %s", run[0].ssd_offset, error)
-            return {id(run[0]): IoOutcome.FAILED}
-        return bad
+            bad[id(run[0])] = IoOutcome.FAILED
+
+    def _prove(self, run: Sequence[WriteSsd], bad: dict[int, IoOutcome]) -> None:
+        """Notes those blocks whose bytes in DRAM are not those of the commit."""
+        bad.update((id(op), IoOutcome.CORRUPT) for op in run if not self._proven(op))
 
     def _proven(self, op: WriteSsd) -> bool:
         """Whether the bytes in DRAM are those of the commit, before they are made durable."""
