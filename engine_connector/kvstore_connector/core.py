@@ -67,16 +67,18 @@ class ConnectorCore:
     def register_pages(self, rows: Bytes) -> None:
         """Takes the engine's pages: row i is page i, ``block_bytes`` long."""
         pages = PageRows(rows, self.spec.block_bytes)
+        # Pages that wait to be saved are lost to the engine: never more than half of them, and an
+        # eighth of them does not wait for more.
+        queue_bytes = min(self.config.save_queue_bytes, rows.nbytes // 2)
         self._loads = Loads(self._link, pages, self._outbox, self._counters)
         self._saves = Saves(
             self._link,
             pages,
             self._outbox,
             self._counters,
-            # Pages that wait to be saved are lost to the engine: never more than half of them, and
-            # an eighth of them does not wait for more.
-            queue_bytes=min(self.config.save_queue_bytes, rows.nbytes // 2),
-            batch_bytes=min(self.config.save_batch_bytes, rows.nbytes // 8),
+            queue_bytes=queue_bytes,
+            # A full queue drops blocks: it is emptied before that.
+            batch_bytes=min(self.config.save_batch_bytes, rows.nbytes // 8, queue_bytes // 2),
             linger_s=self.config.save_linger_s,
             timeout_s=self.config.save_timeout_s,
         )

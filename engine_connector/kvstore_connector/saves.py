@@ -128,7 +128,7 @@ class Saves:
     def hurry(self) -> None:
         """What is queued waits for no others: nothing more may come for a while."""
         with self._changed:
-            if self._blocks and not self._asked:
+            if self._queue and not self._asked:
                 self._asked = True
                 self._link.submit(self._wake.set)
 

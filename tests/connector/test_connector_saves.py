@@ -98,6 +98,16 @@ def test_an_engine_that_is_short_of_pages_has_them_saved_at_once(
     assert rig.store.calls == ["reserve 2", "reserve 8"]
 
 
+def test_a_small_queue_is_emptied_before_it_is_full(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(save_linger_s=60, num_pages=512, save_queue_bytes=8 * BLOCK_BYTES)
+    keys = rig.keys(12)
+    rig.core.on_request("runs", keys)
+    for first in (0, 4, 8):
+        rig.save(keys[first : first + 4], keys[first - 1] if first else None, first_page=first)
+        rig.wait(pages=first + 4)
+    wait_until(lambda: stored_right(rig.store, keys))
+
+
 def test_nothing_waits_where_no_request_runs(make_rig: Callable[..., Rig]) -> None:
     rig = make_rig(save_linger_s=60)
     keys = rig.keys(3)
