@@ -12,12 +12,7 @@ from itertools import islice
 from pathlib import Path
 from threading import Lock
 
-import numpy as np
-import numpy.typing as npt
-
 from benchmarks.io_uring import Ring
-
-Bytes = npt.NDArray[np.uint8]
 
 PAGE_BYTES = 4096
 
@@ -73,23 +68,12 @@ class RawDisk:
             self._by_threads(threads, os.preadv, list(requests.pieces()), requests)
             return time.perf_counter() - start
 
-    def write(self, requests: Requests, source: Bytes | None = None) -> float:
-        """Seconds of writing with one thread a request in flight, and of every fdatasync.
-
-        With a ``source``, laid out as the file, each thread first copies its piece from there.
-        """
-
-        def copy_and_write(descriptor: int, pieces: list[memoryview], offset: int) -> int:
-            assert source is not None
-            (piece,) = pieces
-            np.copyto(np.frombuffer(piece, np.uint8), source[offset : offset + len(piece)])
-            return os.pwritev(descriptor, pieces, offset)
-
+    def write(self, requests: Requests) -> float:
+        """Seconds of writing with one thread a request in flight, and of every fdatasync."""
         with ThreadPoolExecutor(requests.in_flight) as threads:
             start = time.perf_counter()
             for group in requests.groups():
-                call = os.pwritev if source is None else copy_and_write
-                self._by_threads(threads, call, group, requests)
+                self._by_threads(threads, os.pwritev, group, requests)
                 os.fdatasync(self._descriptor)
             return time.perf_counter() - start
 

@@ -13,11 +13,6 @@ fdatasync and the index are on the medium. The ceiling: ``pwritev`` with O_DIREC
 already holds over the same range, one block a request, as many threads as the node has for
 writes, and an fdatasync every 64 MiB, the size of the node's groups; nothing is hashed or indexed.
 
-Rows with ``ceiling`` are that write loop with nothing more than a copy: each thread takes its
-piece from other memory first, as every store must whose client brings the bytes. Their ratio is
-against the plain loop: what is left for the node. Where a virtual machine's disk is served by the
-processors that it runs on, even that is far below 1.
-
 A block of ``cpu`` rows says what processor time the same rounds took: of the node, of its client,
 and of the loop, in seconds per GB (10^9 bytes).
 """
@@ -41,7 +36,7 @@ from kvstore.node import ssd, ssd_writer
 from kvstore_client import AsyncClient, CacheSpec, Lease, Namespace
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.harness import Rounds, Row, interleave
+from benchmarks.harness import Row, interleave
 from benchmarks.node_process import NodeProcess, running
 from benchmarks.raw_disk import RawDisk, Requests
 
@@ -169,9 +164,6 @@ class Writes:
     disk: RawDisk
     cpu: Cpu
     data: Bytes
-    copying_s: list[float] = field(default_factory=list)
-    plain_s: list[float] = field(default_factory=list)
-    _source: Bytes = field(default_factory=lambda: np.ones(WRITE_BYTES, dtype=np.uint8))
 
     async def ours(self, number: int) -> float:
         """New prompts."""
@@ -191,15 +183,8 @@ class Writes:
             0, WRITE_BYTES, block_bytes, ssd_writer.IO_THREADS, ssd_writer.GROUP_BYTES
         )
         self.disk.read(requests)
-        np.copyto(self._source, np.frombuffer(self.disk.memory, np.uint8)[:WRITE_BYTES])
-        self.copying_s.append(self.disk.write(requests, self._source))
         with self.cpu.of("raw"):
-            self.plain_s.append(self.disk.write(requests))
-        return self.plain_s[-1]
-
-    def ceiling(self, metric: str) -> Row:
-        """The loop with a copy against the one without."""
-        return Rounds(self.copying_s, self.plain_s).rate_row(metric, WRITE_BYTES, "O_DIRECT loop")
+            return self.disk.write(requests)
 
 
 async def _measure(node: NodeProcess, client: AsyncClient, rounds: int) -> list[Row]:
@@ -228,8 +213,6 @@ async def _measure(node: NodeProcess, client: AsyncClient, rounds: int) -> list[
                 measured = await interleave(kind.ours, kind.raw, rounds=rounds)
                 rows.append(measured.rate_row(metric, nbytes, "O_DIRECT loop"))
                 rows += kind.cpu.rows(metric, nbytes)
-                if isinstance(kind, Writes):
-                    rows.append(kind.ceiling(f"{metric}_ceiling"))
     finally:
         disk.close()
     return rows

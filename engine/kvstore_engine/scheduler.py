@@ -153,6 +153,7 @@ class Scheduler:
         if need <= 0:
             return True
         while not self._blocks.can_allocate(need):
+            self._transfers.pages_missed()
             victim = max(self.running, key=_arrival)
             victim.started |= victim.num_computed > victim.cache.total
             plan.drop(victim)
@@ -187,6 +188,7 @@ class Scheduler:
         hits = self._blocks.match(keys)
         need = request.pages_for(len(request.tokens)) - len(hits)
         if not self._blocks.can_allocate(need, beside=hits):
+            self._transfers.pages_missed()
             return Admission.NO_PAGES
         source = self._look(request, len(keys) - len(hits), len(hits), now)
         if source is None:

@@ -139,9 +139,14 @@ class Transfers:
                 continue
             self._blocks.unpin(load.pages)
         self._save_waiting()
-        if self._unsaved or self._blocks.num_pinned > self._blocks.num_free:
-            self.connector.hurry_saves()
+        if self._unsaved:
+            self.pages_missed()
         return ended
+
+    def pages_missed(self) -> None:
+        """Lent pages are wanted back soon: a request, or blocks to be saved, found none."""
+        if self.connector is not None:
+            self.connector.hurry_saves()
 
     def expire(self, now: float) -> list[Load]:
         """Loads whose deadline has passed now; their pages stay lent."""

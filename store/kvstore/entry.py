@@ -36,10 +36,9 @@ def quiet_interrupt() -> Iterator[None]:
 
 
 def wake_few_threads() -> None:
-    """Has gRPC of this process read its sockets on the thread that serves them.
+    """Has gRPC of this process do without its event engine, which wakes several threads a message.
 
-    Its own event engine takes several threads for each message, which takes the cores of others:
-    docs/decisions/0005-grpc-without-its-event-engine.md. Before grpc is imported; what the user
-    set stays.
+    Call before grpc is imported; what the user set stays. Figures:
+    docs/decisions/0005-grpc-without-its-event-engine.md.
     """
     os.environ.setdefault("GRPC_EXPERIMENTS", GRPC_EXPERIMENTS)

@@ -158,7 +158,19 @@ def test_saves_are_asked_to_hurry_only_while_pages_are_short() -> None:
     assert not connector.hurried
     small = FakeConnector(ROOT, manner=Manner(save_delay_max=3))
     Rig(small, num_pages=20, max_context=48, max_batch_tokens=64).ask("r", PROMPT, 2)
-    assert small.hurried
+    assert small.hurried  # it may lend fewer pages than there are blocks to save
+
+
+def test_a_request_that_finds_no_page_has_saves_hurry() -> None:
+    connector = FakeConnector(ROOT, manner=Manner(never_save=True))
+    rig = Rig(connector, num_pages=7, max_context=24, max_batch_tokens=64)
+    rig.add("a", PROMPT[:5], 3)
+    rig.step()
+    assert not connector.hurried
+    rig.add("b", [50 + token for token in range(22)], 1)
+    rig.step()
+    assert not rig.answers["b"].tokens
+    assert connector.hurried
 
 
 def test_a_block_that_left_hbm_before_it_was_saved_is_skipped() -> None:

@@ -20,7 +20,10 @@ print(os.environ["GRPC_EXPERIMENTS"])
 
 
 def test_the_installed_grpc_knows_what_it_is_told() -> None:
-    done = subprocess.run([sys.executable, "-c", CALL], capture_output=True, text=True, check=True)
+    environment = {k: v for k, v in os.environ.items() if k != "GRPC_EXPERIMENTS"}
+    done = subprocess.run(
+        [sys.executable, "-c", CALL], capture_output=True, text=True, check=True, env=environment
+    )
     assert "xperiment" not in done.stderr
     assert done.stdout.strip() == entry.GRPC_EXPERIMENTS
 

@@ -30,7 +30,7 @@ from kvstore.node.ssd_index import SsdIndex, is_full
 log = logging.getLogger(__name__)
 
 IO_THREADS = 4  # writes that the device has at a time
-VERIFYING = 2  # threads that prove what is to be written, ahead of those
+PROVERS = 2  # threads that prove what is to be written, ahead of those
 RUN_BYTES = 4 << 20
 GROUP_BYTES = 64 << 20
 GROUP_WRITES = 16384
@@ -100,8 +100,7 @@ class SsdWriter:
         self._begun_runs: queue.SimpleQueue[_Run | None] = queue.SimpleQueue()
         self._proven_runs: queue.SimpleQueue[_Run | None] = queue.SimpleQueue()
         self._provers = [
-            threading.Thread(target=self._prove_loop, name=f"ssd-prove-{i}")
-            for i in range(VERIFYING)
+            threading.Thread(target=self._prove_loop, name=f"ssd-prove-{i}") for i in range(PROVERS)
         ]
         self._writers = [
             threading.Thread(target=self._write_loop, name=f"ssd-write-{i}")
