@@ -13,7 +13,7 @@ help: ## list the targets
 
 venv: $(STAMP) ## make .venv with everything that development needs
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt hatch_build.py client/kvstore_client/_stream.c
 	@echo "Making $(VENV) from pip's index: 1.4 GB on disk, one to three minutes. (Several GB? See"
 	@echo "README.md, Set-up: the index has only CUDA builds of torch.)"
 	$(PYTHON) -m venv $(VENV)

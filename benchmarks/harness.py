@@ -120,8 +120,11 @@ def machine() -> dict[str, str | int]:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that matter to the figures."""
-    found = {"python": platform.python_version()}
+    """Python, the packages that matter to the figures, and whose copies the client makes."""
+    # Only now: it imports gRPC, and a benchmark may have to set something before.
+    from kvstore_client.streaming import streams
+
+    found = {"python": platform.python_version(), "copies": "streamed" if streams() else "libc"}
     for name in _VERSIONED:
         try:
             found[name] = metadata.version(name)

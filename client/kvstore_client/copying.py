@@ -9,7 +9,8 @@ import xxhash
 from kvstore.core.spec import SLOT_ALIGN_BYTES
 from kvstore.errors import InvalidArgumentError
 
-Bytes = npt.NDArray[np.uint8]
+from kvstore_client.streaming import STREAM_BYTES_MIN, Bytes, copy
+
 Offsets = npt.NDArray[np.int64]
 
 # Copied, then hashed from the second-level cache (512 KiB to 1 MiB a core in today's CPUs).
@@ -89,17 +90,21 @@ def gather(pool: Bytes, offsets: Offsets, nbytes: int, out: Bytes) -> None:
         source = pool[start : start + (end - first) * stride]
         target = out[first * nbytes : end * nbytes]
         if stride == nbytes:
-            np.copyto(target, source)
-        else:
+            copy(target, source)
+        elif nbytes < STREAM_BYTES_MIN:
             np.copyto(
                 target.reshape(end - first, nbytes), source.reshape(end - first, stride)[:, :nbytes]
             )
+        else:
+            for i in range(end - first):
+                slot = source[i * stride : i * stride + nbytes]
+                copy(target[i * nbytes : (i + 1) * nbytes], slot)
 
 
 def scatter_one(slot: Bytes, data: Bytes) -> int:
     """Copies ``data`` into ``slot``; its xxh3-64."""
     if len(data) <= CHUNK_BYTES:
-        np.copyto(slot, data)
+        copy(slot, data)
         digest: int = xxhash.xxh3_64_intdigest(data.data)
         return digest
     hasher = xxhash.xxh3_64()
@@ -107,7 +112,7 @@ def scatter_one(slot: Bytes, data: Bytes) -> int:
     # that compute would wait for one that only copies, and that may have lost its core.
     for at in range(0, len(data), CHUNK_BYTES):
         piece = data[at : at + CHUNK_BYTES]
-        np.copyto(slot[at : at + CHUNK_BYTES], piece)
+        copy(slot[at : at + CHUNK_BYTES], piece)
         hasher.update(piece.data)
     whole: int = hasher.intdigest()
     return whole
@@ -132,7 +137,7 @@ def scatter(pool: Bytes, offsets: Offsets, nbytes: int, data: Bytes) -> list[int
         base = int(offsets[first]) - first * nbytes
         for block in range(first, end, per_chunk):
             low, high = block * nbytes, min(end, block + per_chunk) * nbytes
-            np.copyto(pool[base + low : base + high], data[low:high])
+            copy(pool[base + low : base + high], data[low:high])
             digests += [digest(view[at : at + nbytes]) for at in range(low, high, nbytes)]
     return digests
 

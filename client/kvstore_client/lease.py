@@ -15,6 +15,7 @@ from kvstore_proto import node_pb2
 from kvstore_client.copying import Blocks, gather, slot_bytes
 from kvstore_client.mapping import Mapping
 from kvstore_client.session import Session
+from kvstore_client.streaming import copy
 from kvstore_client.views import SlotViews
 
 
@@ -108,7 +109,7 @@ class Lease:
             gather(self._mapping.pool, self.offsets[first:end], self.block_bytes, targets.whole)
         else:
             for index in range(first, end):
-                np.copyto(targets.each[index - first], self.blocks.bytes_at(index))
+                copy(targets.each[index - first], self.blocks.bytes_at(index))
         if not self.still_valid(first, end - first):
             raise UnavailableError("the lease was lost during the copy; what was read is discarded")
         return end - first

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from kvstore.errors import PreconditionError
 
-from kvstore_client.copying import Bytes, Offsets
+from kvstore_client.copying import Offsets
+from kvstore_client.streaming import Bytes
 
 if TYPE_CHECKING:
     import torch

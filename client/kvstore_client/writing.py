@@ -14,7 +14,8 @@ from kvstore.core.types import AckLevel, ReserveStatus
 from kvstore.errors import InternalError, InvalidArgumentError, PreconditionError, UnavailableError
 from kvstore_proto import node_pb2
 
-from kvstore_client.copying import Bytes, as_bytes, checksum, scatter, scatter_one
+from kvstore_client.copying import as_bytes, checksum, scatter, scatter_one
+from kvstore_client.streaming import Bytes
 from kvstore_client.views import SlotViews
 from kvstore_client.wire import wait_ms
 

@@ -55,6 +55,11 @@ def test_the_file_has_what_readers_ask_for(
     }
 
 
+def test_grpc_is_not_imported_before_it_is_told_what_to_do_without() -> None:
+    code = "import sys, benchmarks.__main__; sys.exit('grpc' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+
+
 def test_a_benchmark_that_cannot_go_on_says_why(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -17,7 +17,8 @@ import pytest
 from kvstore.core.spec import CacheSpec
 from kvstore.errors import UnavailableError
 from kvstore_client import AsyncClient, Lease, Namespace
-from kvstore_client.copying import Bytes, Offsets
+from kvstore_client.copying import Offsets
+from kvstore_client.streaming import Bytes
 
 from tests.faults.columns import SEED, size
 from tests.faults.content import content

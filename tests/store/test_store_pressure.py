@@ -86,6 +86,22 @@ def test_a_reserve_gets_what_there_is_and_no_acknowledged_block_goes_for_the_res
     assert rig.get(chain("a", 6)) == (6, EndReason.COMPLETE)
 
 
+def test_few_blocks_leave_a_small_tier_at_a_time_for_those_that_come() -> None:
+    """Removed before the new ones are written, they would all be lost to a kill -9 right then."""
+    rig = Rig(32, 16)
+    rig.open()
+    rig.put(chain("a", 16))
+    rig.settle()
+    rig.put(chain("b", 16))
+    while rig.disk.pending:
+        while rig.disk.drops:
+            rig.end_drop(rig.disk.drops[0])
+        assert len(rig.disk.index) >= 11  # a quarter, and the one that is kept free
+        rig.end_writes(rig.disk.writes[:])
+    assert len(rig.disk.index) >= 15
+    rig.check()
+
+
 def test_a_write_that_is_out_keeps_its_block_in_dram() -> None:
     """Also one that failed and is tried again; only what is given up may go, and is counted."""
     rig = Rig(4, 16, writes_in_flight_max=2)

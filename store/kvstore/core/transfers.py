@@ -14,6 +14,7 @@ from kvstore.core.types import AckLevel, EndReason, IoOutcome
 from kvstore.errors import InternalError
 
 READS_STARTED_SHARE = 4  # of the reads that may be out, one part is started together
+WRITES_OUT_SHARE = 4  # of the bytes on SSD, one part may be being written
 
 
 class Transfers:
@@ -51,6 +52,16 @@ class Transfers:
 
     # Write-behind
 
+    @property
+    def write_bytes_max(self) -> int:
+        """Bytes of writes that may be out.
+
+        A part of the tier, since what they replace is removed before they begin: a node that is
+        killed then has lost no more than that.
+        """
+        config = self.blocks.config
+        return min(config.writes_in_flight_bytes_max, config.ssd_bytes // WRITES_OUT_SHARE)
+
     def pump_writes(self) -> None:
         """Starts the writes that are due, as far as limits and space go."""
         blocks, config = self.blocks, self.blocks.config
@@ -84,9 +95,7 @@ class Transfers:
         due = (table.dram_state[rows] == DramState.LIVE) & (table.ssd_state[rows] == SsdState.NONE)
         rows = rows[due & (table.attempts[rows] < config.write_attempts_max)].copy()
         slots = self.blocks.slot_bytes[table.namespace[rows]]
-        fits = (slots == slots[:1]) & (
-            np.cumsum(slots) + self._write_bytes <= config.writes_in_flight_bytes_max
-        )
+        fits = (slots == slots[:1]) & (np.cumsum(slots) + self._write_bytes <= self.write_bytes_max)
         fits[:1] |= not self._writes
         if len(rows) and not fits.all():
             first = int(np.argmin(fits))

@@ -127,8 +127,8 @@ class CoreConfig:
     ssd_admission: str = "always"  # which blocks are worth a write to SSD
     ghost_entries: int = 1 << 18  # removed keys whose reason is remembered
     reads_in_flight_max: int = 16  # SSD reads
-    writes_in_flight_bytes_max: int = 256 << 20  # SSD writes; one is always let through
-    writes_in_flight_max: int = 256
+    writes_in_flight_bytes_max: int = 512 << 20  # SSD writes; one is always let through
+    writes_in_flight_max: int = 512
     write_attempts_max: int = 3  # then a block stays without a copy on SSD
     prefetch_max: int = 1 << 16  # blocks waiting to be read ahead
     blocks_max: int = 1 << 22  # rows of the table

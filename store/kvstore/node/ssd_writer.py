@@ -34,7 +34,7 @@ PROVERS = 2  # threads that prove what is to be written, ahead of those
 RUN_BYTES = 4 << 20
 GROUP_BYTES = 64 << 20
 GROUP_WRITES = 16384
-GROUPS_BEGUN_MAX = 3  # one is synced and committed, the data of the next ones is written
+GROUPS_BEGUN_MAX = 5  # one is synced and committed, the data of the next ones is written
 FULL_PAUSE_S = 0.1  # before an index without room is tried again
 
 
