@@ -44,7 +44,7 @@ Bytes = npt.NDArray[np.uint8]
 
 ROUNDS = 12
 BLOCK_SIZES = {"1MiB": 1 << 20, "4MiB": 4 << 20}
-DRAM_BYTES = 1 << 30
+DRAM_BYTES = 512 << 20
 SSD_BYTES = 4 << 30
 READ_BYTES = 3 << 30  # one round; more than DRAM holds, so that every block is read again
 READ_PROMPT_BYTES = 32 << 20
