@@ -1,6 +1,7 @@
 """Makes an engine from its configuration: model, pages, cache spec, connector."""
 
 import importlib
+import os
 import uuid
 
 import msgspec
@@ -15,11 +16,25 @@ from kvstore_engine.kv_transfer import KVConnector
 from kvstore_engine.loader import LoadedModel, load_model
 from kvstore_engine.pages import allocate_pages, page_bytes
 
+MANY_CORES = 8
+
+
+def compute_threads(config: EngineConfig) -> int:
+    """Threads that compute; 0: torch's own choice.
+
+    Of many cores a quarter is left to HTTP and the store: where all compute, each waits at the next
+    barrier for the one that was interrupted (docs/decisions/0007-some-cores-do-not-compute.md).
+    """
+    cores = len(os.sched_getaffinity(0))
+    if config.torch_threads or cores < MANY_CORES or "OMP_NUM_THREADS" in os.environ:
+        return config.torch_threads
+    return min(torch.get_num_threads(), cores - cores // 4)
+
 
 def build_engine(config: EngineConfig) -> Engine:
     """An engine that still has to be started. ConfigError for what the user has to change."""
-    if config.torch_threads:
-        torch.set_num_threads(config.torch_threads)
+    if threads := compute_threads(config):
+        torch.set_num_threads(threads)
     loaded = load_model(config.model, config.dtype)
     num_pages = count_pages(config, loaded)
     check_context(config, loaded, num_pages)

@@ -59,7 +59,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine_id: str = ""  # "": random
     match_timeout_s: float = 0.05  # a look-up that takes longer is a miss
     load_timeout_s: float = 10.0  # a load that takes longer is recomputed
-    torch_threads: int = 0  # 0: torch's own choice
+    torch_threads: int = 0  # 0: see build.compute_threads
     seed: int = 0  # for requests that bring none
     warm_up: bool = True
 

@@ -1,12 +1,14 @@
 """Configuration is checked once, at the edge, with messages that say what to do."""
 
+import os
 import re
 import types
 
 import pytest
+import torch
 from kvstore.core.spec import CacheSpec
 from kvstore.errors import ConfigError
-from kvstore_engine.build import build_engine, cache_spec, make_connector
+from kvstore_engine.build import build_engine, cache_spec, compute_threads, make_connector
 from kvstore_engine.config import (
     EngineConfig,
     KVTransferConfig,
@@ -68,6 +70,29 @@ def test_a_launch_line_is_read_back() -> None:
     assert line.endswith(b"\n")
     assert line.count(b"\n") == 1
     assert decode_launch(line) == launch
+
+
+@pytest.mark.parametrize(
+    ("cores", "own", "asked", "omp", "threads"),
+    [
+        (2, 2, 0, None, 0),
+        (7, 7, 0, None, 0),
+        (8, 8, 0, None, 6),
+        (16, 16, 0, None, 12),
+        (16, 8, 0, None, 8),
+        (16, 16, 16, None, 16),
+        (16, 16, 0, "16", 0),
+    ],
+)
+def test_of_many_cores_some_do_not_compute(
+    monkeypatch: pytest.MonkeyPatch, cores: int, own: int, asked: int, omp: str | None, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: own)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    assert compute_threads(EngineConfig(model="m", torch_threads=asked)) == threads
 
 
 def test_pages_are_counted_from_memory() -> None:

@@ -36,7 +36,7 @@ class ServerConfig:
     max_running: int = option(64, text="requests in the running batch")
     max_waiting: int = option(4096, text="completions that may be open at once; more get a 429")
     max_context: int = option(0, text="tokens of prompt and answer; 0: all that the model takes")
-    torch_threads: int = option(0, text="threads of torch; 0: its own choice")
+    torch_threads: int = option(0, text="threads that compute; 0: one a core, or 3 of 4")
     seed: int = option(0, text="seed of requests that bring none")
     match_timeout_s: float = option(0.05, text="a look-up in the store that takes longer is a miss")
     load_timeout_s: float = option(10.0, text="a load that takes longer is computed instead")
