@@ -200,7 +200,10 @@ class Transfers:
         """Loads blocks of one namespace that are on SSD only; how many found a slot to go to."""
         blocks, table = self.blocks, self.blocks.table
         space = blocks.namespaces.numbered(int(table.namespace[rows[0]]))
+        # What makes room may drop copies on SSD: not those that the room is for.
+        table.pins[rows] += 1
         offsets = self.tiering.allocate_dram(space.slot_bytes, len(rows))
+        table.pins[rows] -= 1
         rows = rows[: len(offsets)]
         if not len(rows):
             return 0
