@@ -53,7 +53,7 @@ async def test_a_removal_goes_with_the_group_that_is_being_written(
 async def test_a_long_list_of_writes_becomes_durable_group_by_group(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssd_writer, "GROUP_BYTES", 3 * PAGE)
+    monkeypatch.setattr(ssd_writer, "GROUP_BYTES", PAGE)  # more groups than may be begun at a time
     syncs = []
     real_sync = rig.file.sync
 
