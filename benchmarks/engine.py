@@ -178,5 +178,5 @@ async def _against_peer(on: Engine, peer: Peer, rounds: int) -> list[Row]:
 
 
 def run(rounds: int) -> list[Row]:
-    """All rows; takes about 10 minutes, and 3.4 GB of disk for the peer the first time."""
+    """All rows: 10 minutes on two fast cores; the peer takes 3.4 GB of disk the first time."""
     return anyio.run(_measure, rounds)

@@ -2,7 +2,7 @@
 
 A copy that goes through the caches first reads each line that it is about to overwrite, a third of
 its traffic, and drives out what others keep there. libc avoids that from about the size of the last
-cache on, for which a virtual machine often reports the cache of the whole socket. Figures:
+cache on, for which a virtual machine may report the cache of the whole socket. Figures:
 docs/decisions/0006-copies-pass-the-caches-by.md.
 """
 

@@ -4,7 +4,7 @@ import pytest
 from kvstore.core.acquire import Acquires
 from kvstore.core.effects import End, Granted, Prefetched, ReadSsd
 from kvstore.core.leases import Lease
-from kvstore.core.types import EndReason
+from kvstore.core.types import EndReason, ReserveStatus
 
 from tests.store.rig import Rig, chain, shuffled
 
@@ -225,4 +225,25 @@ def test_a_prompt_whose_tail_takes_the_space_for_its_first_block_ends_earlier() 
     assert rig.end(request) == End(4, EndReason.NO_SPACE), "the last one gives way to the first"
     rig.check_bytes(request, A)
     rig.release(request)
+    rig.check()
+
+
+def test_room_is_not_made_for_a_block_by_dropping_the_copy_that_is_read() -> None:
+    """A parent that never got to SSD may leave DRAM only with what is behind it on SSD."""
+    rig = Rig(2, 8)
+    rig.open()
+    parent, child = chain("a", 2)
+    rig.put([parent, child])
+    rig.end_writes([op for op in rig.disk.writes if op.key == child])
+    while rig.disk.writes:
+        rig.end_writes(rig.disk.writes[:], fail=True)
+    reserved = rig.reserve(chain("b", 1))
+    assert rig.reserved(reserved).statuses == bytes([ReserveStatus.SLOT])  # the child's
+    rig.apply(rig.core.prefetch(1, rig.next_id(), rig.ns, child, parent, rig.now))
+    assert not (rig.disk.reads and rig.disk.drops)
+    while rig.disk.pending:
+        if rig.disk.reads:
+            rig.end_read(rig.disk.reads[0], fail=True)
+        else:
+            rig.disk_step()
     rig.check()
