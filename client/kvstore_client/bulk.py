@@ -84,8 +84,9 @@ class _Part:
         if not isinstance(data, list):
             self.write.put_range(first, data)
             return
-        for index, block in enumerate(data, first):
-            if self.write.statuses[index] == ReserveStatus.SLOT:
+        statuses = self.write.statuses[first : first + count].tolist()
+        for index, (block, status) in enumerate(zip(data, statuses, strict=True), first):
+            if status == ReserveStatus.SLOT:
                 self.write.put(index, block)
 
     async def settle(self) -> None:

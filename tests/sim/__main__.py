@@ -5,6 +5,7 @@
 """
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -62,6 +63,7 @@ def main() -> None:
     lost = wrong = 0
     totals = dict.fromkeys(("seeds", "steps", "faults", "reads", "synced_acks", "discarded"), 0)
     hashes = []
+    gc.freeze()  # what is imported by now need not be gone through again
     start = time.process_time()
     for number in options.seed:
         try:

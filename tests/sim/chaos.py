@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tests.sim.node import Node
 
 EVERY_S = 0.1
+CALM_S = 2.0  # so long after the last fault the clients ask for less
 
 
 class Impostor:
@@ -45,6 +46,7 @@ class Chaos:
         self.world = cluster.world
         self.faults = 0
         self.ended = False
+        self._ended_at = 0.0
         self._swallow = 0.0
         self._impostor = 0.0
         self._kinds: list[tuple[Callable[[], None], float]] = [
@@ -76,10 +78,21 @@ class Chaos:
         self.world.note(kind.__name__)
         kind()
 
+    def pause(self) -> float:
+        """How long clients think, compared with their pace under faults.
+
+        Two thirds of the load go on for a while after the faults; then a tenth, as what is left to
+        show is that everything comes back in time.
+        """
+        if not self.ended:
+            return 1.0
+        return 1.5 if self.world.now < self._ended_at + CALM_S else 10.0
+
     def end(self) -> None:
         """Everything is mended at once."""
         cluster = self.cluster
         self.ended = True
+        self._ended_at = self.world.now
         self._swallow = self._impostor = 0.0
         for link in cluster.links.values():
             link.heal()

@@ -147,8 +147,7 @@ class Client:
     def _think(self) -> bool:
         if self.stopping:
             return False
-        pause = THINK_S * (1.5 if self.cluster.chaos.ended else 1)
-        self.later("think", self.world.soon(pause), self._think)
+        self.later("think", self.world.soon(self.cluster.chaos.pause() * THINK_S), self._think)
         if self.welcome is None:
             return False
         action = self.world.random.choices(

@@ -228,7 +228,7 @@ class Acquires:
         runs = slot_runs(offsets, indices, sources, lease.namespace.slot_bytes)
         generations = self.blocks.directory.generations_at(offsets).tobytes()
         self._reply(lease, Granted(runs, generations))
-        from_dram = int(np.count_nonzero(sources == Tier.DRAM))
+        from_dram = int(np.count_nonzero(sources == int(Tier.DRAM)))
         self.blocks.count("granted_dram_blocks", from_dram)
         self.blocks.count("granted_ssd_blocks", len(indices) - from_dram)
 

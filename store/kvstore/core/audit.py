@@ -34,7 +34,7 @@ def _imbalance(
     blocks: Blocks,
     space: SlotSpace,
     state: npt.NDArray[np.uint8],
-    counts: dict[DramState, str] | dict[SsdState, str],
+    counts: dict[int, str],
 ) -> int:
     rows = np.flatnonzero(state)
     slots = blocks.slot_bytes[blocks.table.namespace[rows]]

@@ -86,7 +86,7 @@ class Blocks:
 
     # DRAM
 
-    def take_dram(self, rows: Rows, offsets: Offsets, state: DramState) -> None:
+    def take_dram(self, rows: Rows, offsets: Offsets, state: int) -> None:
         """Gives allocated slots to rows, as FILLING or LOADING."""
         table = self.table
         table.dram_offset[rows] = offsets
@@ -102,13 +102,13 @@ class Blocks:
             self.directory.bump_generations(offsets)
         return offsets
 
-    def move_dram(self, rows: Rows, source: DramState, target: DramState) -> None:
+    def move_dram(self, rows: Rows, source: int, target: int) -> None:
         """Changes the state of slots in use."""
         self.table.dram_state[rows] = target
         nbytes = int(self.slot_bytes[self.table.namespace[rows]].sum())
         self.dram.move(nbytes, DRAM_COUNT[source], DRAM_COUNT[target])
 
-    def free_dram(self, rows: Rows, state: DramState) -> None:
+    def free_dram(self, rows: Rows, state: int) -> None:
         """Gives slots in that state back; the rows stay."""
         table = self.table
         for namespace, some in self.by_namespace(rows):
@@ -118,7 +118,7 @@ class Blocks:
         table.dram_state[rows] = DramState.NONE
         self.room_version += 1
 
-    def show_dram(self, rows: Rows, source: DramState) -> None:
+    def show_dram(self, rows: Rows, source: int) -> None:
         """Makes complete blocks readable, in chain order: from here on they are visible."""
         keys = self.table.joined(rows)
         self.move_dram(rows, source, DramState.LIVE)
@@ -137,14 +137,14 @@ class Blocks:
 
     # SSD
 
-    def take_ssd(self, rows: Rows, offsets: Offsets, state: SsdState) -> None:
+    def take_ssd(self, rows: Rows, offsets: Offsets, state: int) -> None:
         """Gives allocated slots to rows, as WRITING or (at a restart) LIVE."""
         table = self.table
         table.ssd_offset[rows] = offsets
         table.ssd_state[rows] = state
         table.count_children(table.ssd_children, rows, 1)
 
-    def show_ssd(self, rows: Rows, state: SsdState = SsdState.WRITING) -> None:
+    def show_ssd(self, rows: Rows, state: int = SsdState.WRITING) -> None:
         """The blocks are durable; in chain order. ``state`` is LIVE at a restart."""
         if not len(rows):
             return
@@ -161,7 +161,7 @@ class Blocks:
         self.event(rows, Tier.SSD, stored=True)
         self.room_version += 1
 
-    def free_ssd(self, rows: Rows, state: SsdState) -> None:
+    def free_ssd(self, rows: Rows, state: int) -> None:
         """Gives slots in that state back; the rows stay."""
         assert self.ssd is not None
         table = self.table
@@ -175,7 +175,7 @@ class Blocks:
         table.ssd_state[rows] = SsdState.NONE
         self.room_version += 1
 
-    def drop_ssd(self, rows: Rows, reason: EndReason, state: SsdState = SsdState.LIVE) -> None:
+    def drop_ssd(self, rows: Rows, reason: EndReason, state: int = SsdState.LIVE) -> None:
         """Asks for the removal of copies from the index; readable ones are out of sight at once.
 
         ``state`` is WRITING for copies that became durable after their block was purged.
@@ -257,7 +257,7 @@ class Blocks:
         space: SlotSpace,
         state: npt.NDArray[np.uint8],
         offset: npt.NDArray[np.int64],
-        counts: dict[DramState, str] | dict[SsdState, str],
+        counts: dict[int, str],
     ) -> None:
         rows = np.flatnonzero(state)
         slots = self.slot_bytes[self.table.namespace[rows]]

@@ -24,7 +24,7 @@ class Ghosts:
             prefixes = _prefixes(keys)
             places = self._places(prefixes)
             self._prefixes[places] = prefixes
-            self._reasons[places] = reason
+            self._reasons[places] = int(reason)
 
     def reason(self, key: bytes) -> EndReason:
         """Why a key is not here: NEVER_STORED where there is no memory of it."""
@@ -43,8 +43,8 @@ class Ghosts:
             return np.zeros(len(prefixes), dtype=np.bool_)
         places = self._places(prefixes)
         reasons = self._reasons[places]
-        evicted: npt.NDArray[np.bool_] = reasons == EndReason.EVICTED
-        evicted |= reasons == EndReason.NOT_ADMITTED
+        evicted: npt.NDArray[np.bool_] = reasons == int(EndReason.EVICTED)
+        evicted |= reasons == int(EndReason.NOT_ADMITTED)
         evicted &= self._prefixes[places] == prefixes
         return evicted
 

@@ -22,6 +22,9 @@ from kvstore.errors import (
 )
 
 _OPEN = 0  # status of a key that needs a slot
+# Plain numbers for numpy: see DramState.
+_SLOT, _HAVE = int(ReserveStatus.SLOT), int(ReserveStatus.HAVE)
+_FULL, _BUSY = int(ReserveStatus.FULL), int(ReserveStatus.BUSY)
 
 
 @dataclass(slots=True, eq=False)
@@ -189,14 +192,14 @@ class Reserves:
             rows[wanting] = self._rows_for(reservation.namespace, keys, rows, wanting, parent)
             blocks.take_dram(rows[wanting], offsets, DramState.FILLING)
             self.fills.start(reservation, rows[wanting], now)
-            statuses[wanting] = ReserveStatus.SLOT
+            statuses[wanting] = _SLOT
         if reservation.num_shards > 1:
-            for i in np.flatnonzero(statuses[:done] == ReserveStatus.BUSY).tolist():
+            for i in np.flatnonzero(statuses[:done] == _BUSY).tolist():
                 if self.fills.join(reservation, int(rows[i]), now):
-                    statuses[i] = ReserveStatus.SLOT
+                    statuses[i] = _SLOT
         part = slice(reservation.next, reservation.next + done)
-        slots = statuses[:done] == ReserveStatus.SLOT
-        held = rows[:done][statuses[:done] == ReserveStatus.HAVE]
+        slots = statuses[:done] == _SLOT
+        held = rows[:done][statuses[:done] == _HAVE]
         self.transfers.demotion.used(held)
         if reservation.level > AckLevel.MEMORY:
             self.transfers.demotion.insist(held)
@@ -218,8 +221,8 @@ class Reserves:
         have &= known
         busy = known & ((dram == DramState.FILLING) | (dram == DramState.DEAD))
         foreign = known & (table.namespace[rows] != reservation.namespace.number)
-        statuses[have] = ReserveStatus.HAVE
-        statuses[busy | foreign] = ReserveStatus.BUSY
+        statuses[have] = _HAVE
+        statuses[busy | foreign] = _BUSY
         blocks.dram_policy.touched(rows[have & (dram == DramState.LIVE)])
         blocks.ssd_policy.touched(rows[have & (ssd == SsdState.LIVE)])
         return statuses
@@ -261,19 +264,19 @@ class Reserves:
         reservation.keys = []
         indices = np.flatnonzero(reservation.open)
         offsets = self.blocks.table.dram_offset[reservation.rows[indices]]
-        sources = np.full(len(indices), Tier.DRAM, dtype=np.uint8)
+        sources = np.full(len(indices), int(Tier.DRAM), dtype=np.uint8)
         runs = slot_runs(offsets, indices, sources, reservation.namespace.slot_bytes)
         generations = self.blocks.directory.generations_at(offsets).tobytes()
         body = Reserved(reservation.statuses.tobytes(), runs, generations)
         self._reply(session.id, reservation.request_id, body)
-        full = int((reservation.statuses == ReserveStatus.FULL).sum())
+        full = int((reservation.statuses == _FULL).sum())
         self.blocks.count("refused_full_blocks", full)
         self._close_if_done(session, reservation)
 
     def _cancel(self, reservation: Reservation) -> None:
         """A reserve that waits gets nothing; the client never heard of its slots."""
         self._give_back(reservation, np.flatnonzero(reservation.open))
-        reservation.statuses[:] = ReserveStatus.FULL
+        reservation.statuses[:] = _FULL
         self._answer(reservation)
 
     def _give_back(self, reservation: Reservation, indices: npt.NDArray[np.int64]) -> None:

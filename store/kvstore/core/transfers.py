@@ -231,18 +231,18 @@ class Transfers:
             del self._reads[op.row]
             blocks.held_dead.discard(op.row)
         rows = np.fromiter((op.row for op, _ in ops), dtype=np.int64, count=len(ops))
-        outcomes = np.fromiter((outcome for _, outcome in ops), dtype=np.int64, count=len(ops))
+        outcomes = [outcome for _, outcome in ops]
         loading = table.dram_state[rows] == DramState.LOADING
-        good = rows[loading & (outcomes == IoOutcome.OK)]
-        bad = rows[loading & (outcomes != IoOutcome.OK)]
+        fine = np.array([outcome is IoOutcome.OK for outcome in outcomes], dtype=np.bool_)
+        good, bad = rows[loading & fine], rows[loading & ~fine]
         if len(good):
             blocks.show_dram(good, DramState.LOADING)
             blocks.count("ssd_read_blocks", len(good))
         if len(bad):
             blocks.free_dram(bad, DramState.LOADING)
             blocks.drop_ssd(bad, EndReason.CORRUPT)
-        blocks.count("corrupt_blocks", int((outcomes == IoOutcome.CORRUPT).sum()))
-        blocks.count("ssd_read_errors", int((outcomes == IoOutcome.FAILED).sum()))
+        blocks.count("corrupt_blocks", outcomes.count(IoOutcome.CORRUPT))
+        blocks.count("ssd_read_errors", outcomes.count(IoOutcome.FAILED))
         self.tiering.release_dead(rows[~loading])
 
     def drops_done(self, ops: Sequence[DropSsd], *, ok: bool) -> None:
