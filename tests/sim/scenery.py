@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from kvstore.core import keys
 from kvstore.core.spec import CacheSpec
@@ -22,7 +23,7 @@ class Chain:
     keys: tuple[bytes, ...]
     shards: int = 1
 
-    @property
+    @cached_property
     def joined(self) -> bytes:
         """As one wire field."""
         return b"".join(self.keys)
