@@ -73,12 +73,14 @@ class Fills:
         with contextlib.suppress(OSError):  # the index may take some of the room first
             filler.write_bytes(bytes(room.f_bavail * room.f_frsize))
         for _ in range(ROUNDS_MAX):  # the index has free pages of its own
-            if any(not reached(outcome, AckLevel.SYNCED) for outcome in await self._put()):
+            await self._put()
+            # Not what the puts say: one that only was too slow is in memory as well.
+            if problems := self.node.node.problems():
                 break
         else:
             pytest.fail("the index never had no room")
-        await self._put()
-        assert "no room" in self.node.node.problems()[0]
+        assert "no room" in problems[0]
+        await self._put()  # a small commit may find room yet
         looked_at = self.rng.sample(acked, min(len(acked), 100))
         self.lost += len(set(looked_at) - await self.node.find(looked_at))
         filler.unlink()
