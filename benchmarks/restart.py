@@ -76,7 +76,7 @@ async def found(node: NodeProcess) -> int:
 
 def _imports_s() -> float:
     """Seconds of an interpreter that imports the node, and ends."""
-    command = [sys.executable, "-c", "import kvstore.node.daemon; print('ready', flush=True)"]
+    command = [sys.executable, "-c", "import kvstore.node.serving; print('ready', flush=True)"]
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -65,6 +65,9 @@ class SsdColumns:
 
     def roots(self) -> list[bytes]:
         """Of all namespaces that have a record, the one that was written to last first."""
+        roots = self.joined("root")
+        if roots == roots[:KEY_BYTES] * len(self):
+            return [roots[:KEY_BYTES]] if len(self) else []
         upwards = self.entries[np.argsort(self.entries["sequence"], kind="stable")]
         newest = dict(zip(upwards["root"].tolist(), upwards["sequence"].tolist(), strict=True))
         return sorted(newest, key=newest.__getitem__, reverse=True)

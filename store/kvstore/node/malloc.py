@@ -9,12 +9,13 @@ KEPT_BYTES_MAX = 4 << 20  # free at the end of a heap; more than the usual reque
 
 
 def keep_little_freed_memory() -> None:
-    """Bounds it. By default glibc keeps twice the largest piece that was ever freed.
+    """Bounds it, and gives back what is kept. By default glibc keeps twice the largest piece freed.
 
     Work on a whole table, such as that on a full directory, needs some pieces of megabytes each;
     that much would stay with the process. Other C libraries have no such setting, nor the need.
     """
     with contextlib.suppress(AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES_MAX)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES_MAX)
+        libc.malloc_trim(0)

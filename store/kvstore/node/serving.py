@@ -41,12 +41,14 @@ async def serve(config: NodeConfig) -> None:
     """Runs a node until a signal tells it to stop."""
     daemon.setup_logging(config.log_level)
     sys.setswitchinterval(SWITCH_S)
-    keep_little_freed_memory()
     stop = daemon.stop_event()
     daemon.check_loopback(config.address, insecure=config.insecure)
     async with contextlib.AsyncExitStack() as running:
         node = Node(config)
         running.push_async_callback(node.close)
+        # Not before: the restore takes and frees large pieces, each of which would be mapped anew
+        # while other threads map the pool.
+        keep_little_freed_memory()
         server = await daemon.start_grpc_server(
             config.address,
             lambda server: node_pb2_grpc.add_NodeServicer_to_server(NodeService(node), server),
