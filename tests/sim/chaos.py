@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvstore.core.types import Tier
 from kvstore.node.reports import Report
-from kvstore_proto import master_pb2
+from kvstore_proto import common_pb2, master_pb2
 
 from tests.sim.network import Stream
 from tests.sim.oracle import must
@@ -220,7 +219,7 @@ class Chaos:
         chain = random.choice(random.choice(self.cluster.spaces).chains)
         keys = random.choice((b"", chain.joined))
         tier = master_pb2.EvictBlocks(
-            tier=random.choice((Tier.DRAM.value, Tier.SSD.value)),  # type: ignore[arg-type]
+            tier=random.choice((common_pb2.TIER_DRAM, common_pb2.TIER_SSD)),
             keys=keys,
             bytes=random.choice((0, 8192)),
             drop=random.random() < 0.5,

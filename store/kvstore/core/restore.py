@@ -43,9 +43,10 @@ def restore_blocks(blocks: Blocks, records: SsdColumns) -> int:
 
 def _by_namespace(records: SsdColumns) -> list[tuple[bytes, int, Rows]]:
     """Root, size of a block, and the places of the records that have both; mostly there is one."""
-    sizes, roots = records.numbers("nbytes"), records.joined("root")
-    if len(records) and roots == roots[:KEY_BYTES] * len(records) and (sizes == sizes[0]).all():
-        return [(roots[:KEY_BYTES], int(sizes[0]), np.arange(len(records)))]
+    sizes, only = records.numbers("nbytes"), records.only_root()
+    if only is not None and (sizes == sizes[0]).all():
+        return [(only, int(sizes[0]), np.arange(len(records)))]
+    roots = records.joined("root")
     found: dict[tuple[bytes, int], list[int]] = {}
     for i, nbytes in enumerate(sizes.tolist()):
         root = roots[i * KEY_BYTES : (i + 1) * KEY_BYTES]

@@ -63,11 +63,16 @@ class SsdColumns:
         """Keys, roots or parents, 32 bytes each."""
         return np.ascontiguousarray(self.entries[name]).tobytes()
 
+    def only_root(self) -> bytes | None:
+        """The root that all records have, as mostly; None if there are several, or no records."""
+        joined = self.joined("root")
+        root = joined[:KEY_BYTES]
+        return root if root and joined == root * len(self) else None
+
     def roots(self) -> list[bytes]:
         """Of all namespaces that have a record, the one that was written to last first."""
-        roots = self.joined("root")
-        if roots == roots[:KEY_BYTES] * len(self):
-            return [roots[:KEY_BYTES]] if len(self) else []
+        if (only := self.only_root()) is not None:
+            return [only]
         upwards = self.entries[np.argsort(self.entries["sequence"], kind="stable")]
         newest = dict(zip(upwards["root"].tolist(), upwards["sequence"].tolist(), strict=True))
         return sorted(newest, key=newest.__getitem__, reverse=True)
