@@ -145,6 +145,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     [
         {"dram": 4095},
         {"ssd_admission": "sometimes"},
+        {"ssd_write_checks": "some"},
         {"ssd": 1},
         {"quarantine_s": -1.0},
         {"sessions_max": 0},

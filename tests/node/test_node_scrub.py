@@ -16,8 +16,19 @@ from kvstore.node.block_reader import BlockReader
 from kvstore.node.metrics import node_registry
 from kvstore.node.scrub import Scrubber
 from kvstore.node.settings import NodeConfig
+from kvstore.node.ssd_writer import SAMPLE
+from kvstore_proto import node_pb2
 
-from tests.node.rig import BLOCK_BYTES, SYNCED, LocalNode, RawSession, keys_of, until
+from tests.node.rig import (
+    BLOCK_BYTES,
+    SYNCED,
+    LocalNode,
+    RawSession,
+    checksum,
+    data_of,
+    keys_of,
+    until,
+)
 
 BLOCKS = 16
 CORRUPT = 5
@@ -72,6 +83,34 @@ async def test_I1_what_went_bad_on_the_medium_is_dropped(make_node: MakeNode) ->
     assert (end.granted, end.reason) == (5, CORRUPT)
     stats = await session.stats()
     assert stats.counters["scrub_corrupt_blocks"] == 1
+    await session.goodbye()
+
+
+async def test_I1_a_block_in_dram_that_is_not_what_was_committed_goes_too(
+    make_node: MakeNode,
+) -> None:
+    """No sample had it: the scrubber finds it on SSD, and so what is in DRAM is verified."""
+    node = make_node(scrub_mb_s=1e6)
+    await node.start()
+    session = await RawSession.open(node.address)
+    keys = next(some for seed in range(99) if (some := keys_of(3, seed=seed))[1][0] % SAMPLE)
+    reserve_id, reserved = await session.reserve(keys)
+    sums = b""
+    for index, view in session.slots(reserved.runs):
+        view[:] = data_of(keys[index])
+        sums += checksum(view)
+        if index == 1:
+            view[0] ^= 1
+        view.release()
+    commit: Any = {"reserve_id": reserve_id, "indices": [0, 1, 2], "checksums": sums}
+    answer = await session.call(commit=node_pb2.Commit(**commit, level=SYNCED))  # type: ignore[arg-type]
+    assert answer.committed.levels == bytes([SYNCED] * 3)
+    await scrubber_of(node).scrub_all()
+    await node.idle()
+    counters = node.node.core.counters
+    assert (counters["scrub_corrupt_blocks"], counters["commit_corrupt_blocks"]) == (1, 1)
+    end = await session.check(keys)
+    assert (end.granted, end.reason) == (1, CORRUPT)
     await session.goodbye()
 
 

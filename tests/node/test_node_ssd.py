@@ -3,6 +3,7 @@ import errno
 import os
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,50 @@ async def test_I1_flipped_bit_is_corrupt(rig: Rig, shard: int) -> None:
     rig.tier.submit_reads([rig.read(op), rig.read(other)])
     await rig.drain()
     assert rig.reports.reads == {0: IoOutcome.CORRUPT, 1: IoOutcome.OK}
+
+
+def corrupt_in_dram(rig: Rig, op: WriteSsd) -> WriteSsd:
+    rig.memory[op.dram_offset + 9] ^= 1
+    return op
+
+
+async def test_I1_a_sample_is_verified_before_it_is_written(rig: Rig) -> None:
+    sampled = corrupt_in_dram(rig, rig.write(0, os.urandom(PAGE), 0))
+    rig.tier.submit_writes([sampled])
+    await rig.drain()
+    assert rig.reports.corrupt == [sampled]
+    assert not rig.reports.kept
+    assert rig.index.entries() == ([], [])
+
+
+async def test_I1_after_a_corrupt_write_every_block_is_verified(rig: Rig) -> None:
+    unseen = corrupt_in_dram(rig, rig.write(1, os.urandom(PAGE), 0))
+    rig.tier.submit_writes([unseen])
+    await rig.drain()
+    assert rig.reports.kept == [unseen]
+    found = corrupt_in_dram(rig, rig.write(0, os.urandom(PAGE), PAGE))
+    rig.tier.submit_writes([found])
+    await rig.drain()
+    ops = [rig.write(row, os.urandom(PAGE), row * PAGE) for row in range(2, 16)]
+    for op in ops[::2]:
+        corrupt_in_dram(rig, op)
+    rig.tier.submit_writes(ops)
+    await rig.drain()
+    assert sorted(rig.reports.corrupt, key=attrgetter("row")) == [found, *ops[::2]]
+    assert sorted(rig.reports.kept, key=attrgetter("row")) == [unseen, *ops[1::2]]
+
+
+async def test_I1_after_a_corrupt_read_every_block_is_verified(rig: Rig) -> None:
+    unseen = corrupt_in_dram(rig, rig.write(1, os.urandom(PAGE), 0))
+    rig.tier.submit_writes([unseen])
+    await rig.drain()
+    rig.tier.submit_reads([rig.read(unseen)])
+    await rig.drain()
+    assert rig.reports.reads == {1: IoOutcome.CORRUPT}
+    next_one = corrupt_in_dram(rig, rig.write(2, os.urandom(PAGE), PAGE))
+    rig.tier.submit_writes([next_one])
+    await rig.drain()
+    assert rig.reports.corrupt == [next_one]
 
 
 async def test_read_that_fails_is_told_apart_from_corruption(rig: Rig) -> None:

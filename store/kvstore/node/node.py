@@ -111,7 +111,9 @@ class Node:
                     ssd[0].probe(memory)
                 except OSError as error:
                     raise ConfigError(f"SSD file {ssd[0].path}: {error.strerror}") from None
-                self.driver.ssd = SsdTier(*ssd, memory, self.driver)
+                self.driver.ssd = SsdTier(
+                    *ssd, memory, self.driver, prove_all=config.ssd_write_checks == "all"
+                )
                 resources.callback(self.driver.ssd.close)
                 self._open_scrubber(resources, ssd[0].path)
             self.driver.apply(restored)

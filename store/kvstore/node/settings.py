@@ -10,6 +10,7 @@ from kvstore.core.admission import check_admission
 from kvstore.core.spec import SLOT_ALIGN_BYTES
 from kvstore.errors import ConfigError
 
+WRITE_CHECKS = ("sampled", "all")
 _ADDRESS = re.compile(r"unix:.+|.+:\d+")
 _NODE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
@@ -39,6 +40,11 @@ class NodeConfig:
         text="which blocks are written to SSD: always, second-use (once used again), or reuse "
         "(while there is room; then what is used more than what it displaces)",
     )
+    ssd_write_checks: str = option(
+        "sampled",
+        text="which blocks are verified once more before they are written to SSD: sampled (one of "
+        "16, and every one after the first corrupt block), or all",
+    )
     scrub_mb_s: float = option(
         8.0, text="how fast SSD blocks are verified in the background, in MB/s; 0: not at all"
     )
@@ -66,6 +72,10 @@ class NodeConfig:
         if not 0 <= self.quarantine_s < math.inf:
             raise ConfigError(f"quarantine_s is {self.quarantine_s}; take 0 or more")
         check_admission(self.ssd_admission)
+        if self.ssd_write_checks not in WRITE_CHECKS:
+            raise ConfigError(
+                f"ssd_write_checks {self.ssd_write_checks!r}; take one of {', '.join(WRITE_CHECKS)}"
+            )
         if not 0 <= self.scrub_mb_s < float("inf"):
             raise ConfigError(f"scrub_mb_s is {self.scrub_mb_s}; take 0 or more")
         if self.sessions_max < 1:

@@ -39,8 +39,15 @@ class SsdTier:
     """Carries out the core's disk requests; its methods are called on the event loop only."""
 
     def __init__(
-        self, file: SsdFile, index: SsdIndex, memory: memoryview, reports: SsdReports
+        self,
+        file: SsdFile,
+        index: SsdIndex,
+        memory: memoryview,
+        reports: SsdReports,
+        *,
+        prove_all: bool = False,
     ) -> None:
+        """``prove_all``: every block is verified before it is written, not only a sample."""
         self.file = file
         self.index = index
         self._memory = memory
@@ -59,7 +66,13 @@ class SsdTier:
         self._reads_timer: asyncio.TimerHandle | None = None
         self._inbox_lock = threading.Lock()
         self._writer = SsdWriter(
-            file, index, memory, reports, post=self._post, ended=self._finished
+            file,
+            index,
+            memory,
+            reports,
+            prove_all=prove_all,
+            post=self._post,
+            ended=self._finished,
         )
 
     @property
@@ -71,6 +84,10 @@ class SsdTier:
     def full(self) -> str:
         """Why the index takes nothing for now; empty while it does."""
         return self._writer.full
+
+    def suspect(self) -> None:
+        """A block was corrupt: from now on all are verified before they are written."""
+        self._writer.suspect()
 
     def look(self) -> None:
         """Fails where its files were taken from under it; called on any thread."""
@@ -169,6 +186,7 @@ class SsdTier:
         if ssd_block.verify(block, op.checksums):
             return IoOutcome.OK
         log.error("SSD block %s at byte %d is corrupt", op.key.hex()[:16], op.ssd_offset)
+        self.suspect()
         return IoOutcome.CORRUPT
 
     def _reads_ended(self) -> None:
