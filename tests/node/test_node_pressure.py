@@ -84,11 +84,7 @@ async def test_I7_a_burst_of_four_times_dram_loses_nothing(make_node: MakeNode, 
     await session.goodbye()
 
 
-async def test_I1_bytes_other_than_those_of_the_commit_are_never_durable(
-    make_node: MakeNode,
-) -> None:
-    node = make_node(ssd_write_checks="all")
-    await node.start()
+async def test_I1_bytes_other_than_those_of_the_commit_are_never_durable(node: LocalNode) -> None:
     session = await RawSession.open(node.address)
     keys = keys_of(3)
     reserve_id, reserved = await session.reserve(keys)

@@ -11,12 +11,11 @@ import pytest
 from kvstore.core.types import Tier
 from kvstore.errors import ConfigError
 from kvstore.faultpoint import enable_faultpoints
-from kvstore.node import scrub
+from kvstore.node import scrub, ssd_writer
 from kvstore.node.block_reader import BlockReader
 from kvstore.node.metrics import node_registry
 from kvstore.node.scrub import Scrubber
 from kvstore.node.settings import NodeConfig
-from kvstore.node.ssd_writer import SAMPLE
 from kvstore_proto import node_pb2
 
 from tests.node.rig import (
@@ -67,6 +66,15 @@ def flip(node: LocalNode, key: bytes) -> None:
         file.write(bytes([byte ^ 4]))
 
 
+async def verifies_all(node: LocalNode) -> bool:
+    """As the node has it, and shows it."""
+    assert node.node.driver.ssd is not None
+    name = "kvstore_node_ssd_verifies_all"
+    shown = await asyncio.to_thread(node_registry(node.node).get_sample_value, name)
+    assert shown == node.node.driver.ssd.verifies_all
+    return bool(shown)
+
+
 async def test_I1_what_went_bad_on_the_medium_is_dropped(make_node: MakeNode) -> None:
     node = make_node(scrub_mb_s=1e6)
     await node.start()
@@ -87,13 +95,15 @@ async def test_I1_what_went_bad_on_the_medium_is_dropped(make_node: MakeNode) ->
 
 
 async def test_I1_a_block_in_dram_that_is_not_what_was_committed_goes_too(
-    make_node: MakeNode,
+    make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No sample had it: the scrubber finds it on SSD, and so what is in DRAM is verified."""
+    monkeypatch.setattr(ssd_writer, "GROUPS_BEHIND", 0)
+    monkeypatch.setattr("random.randrange", lambda _count: 1)
     node = make_node(scrub_mb_s=1e6)
     await node.start()
     session = await RawSession.open(node.address)
-    keys = next(some for seed in range(99) if (some := keys_of(3, seed=seed))[1][0] % SAMPLE)
+    keys = keys_of(3)
     reserve_id, reserved = await session.reserve(keys)
     sums = b""
     for index, view in session.slots(reserved.runs):
@@ -109,8 +119,57 @@ async def test_I1_a_block_in_dram_that_is_not_what_was_committed_goes_too(
     await node.idle()
     counters = node.node.core.counters
     assert (counters["scrub_corrupt_blocks"], counters["commit_corrupt_blocks"]) == (1, 1)
+    assert await verifies_all(node)
     end = await session.check(keys)
     assert (end.granted, end.reason) == (1, CORRUPT)
+    await session.goodbye()
+
+
+async def test_a_copy_that_was_written_over_meanwhile_is_no_corruption(
+    make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = make_node(scrub_mb_s=1e6)
+    await node.start()
+    session, keys = await stored(node)
+    outcomes = BlockReader.outcomes
+    loop = asyncio.get_running_loop()
+
+    async def purge_and_overwrite() -> None:
+        effects, _ = node.node.core.purge(None, node.node.driver.now())
+        node.node.driver.apply(effects)
+        await node.idle()
+        for key in keys:
+            ruin(key)
+
+    copies, _ = node.node.core.scrub_next(0, 1 << 30)
+    places = {copy.key: copy.ssd_offset for copy in copies}
+
+    def ruin(key: bytes) -> None:
+        with open(node.config.ssd_path / "data", "r+b") as file:
+            file.seek(places[key])
+            file.write(b"another block's")
+
+    def late(reader: BlockReader, run: Any) -> Any:
+        asyncio.run_coroutine_threadsafe(purge_and_overwrite(), loop).result(10)
+        monkeypatch.setattr(BlockReader, "outcomes", outcomes)
+        return outcomes(reader, run)
+
+    monkeypatch.setattr(BlockReader, "outcomes", late)
+    await scrubber_of(node).scrub_all()
+    counters = node.node.core.counters
+    assert counters.get("scrub_corrupt_blocks", 0) == 0
+    assert not await verifies_all(node)
+    await session.goodbye()
+
+
+async def test_I1_after_a_corrupt_read_all_writes_are_verified(make_node: MakeNode) -> None:
+    node = make_node()
+    await node.start()
+    session, keys = await stored(node)
+    assert not await verifies_all(node)
+    flip(node, keys[3])
+    assert (await session.check(keys)).granted == 3
+    assert await verifies_all(node)
     await session.goodbye()
 
 

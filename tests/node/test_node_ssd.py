@@ -2,7 +2,7 @@ import asyncio
 import errno
 import os
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from kvstore.core.effects import DropSsd, ReadSsd, WriteSsd
 from kvstore.core.ssd_columns import decode_many
 from kvstore.core.types import IoOutcome
 from kvstore.faultpoint import enable_faultpoints
-from kvstore.node import ssd_file
+from kvstore.node import ssd_file, ssd_writer
 from kvstore.node.ssd_file import SsdFile
 from kvstore.node.ssd_index import SsdIndex
 
@@ -108,43 +108,72 @@ def corrupt_in_dram(rig: Rig, op: WriteSsd) -> WriteSsd:
     return op
 
 
-async def test_I1_a_sample_is_verified_before_it_is_written(rig: Rig) -> None:
-    sampled = corrupt_in_dram(rig, rig.write(0, os.urandom(PAGE), 0))
-    rig.tier.submit_writes([sampled])
+async def write_corrupt(rig: Rig, *rows: int) -> list[WriteSsd]:
+    """Writes one page a row, all with a flipped bit in DRAM."""
+    ops = [rig.write(row, os.urandom(PAGE), row * PAGE) for row in rows]
+    for op in ops:
+        corrupt_in_dram(rig, op)
+    rig.tier.submit_writes(ops)
     await rig.drain()
-    assert rig.reports.corrupt == [sampled]
+    return ops
+
+
+@pytest.fixture
+def chance(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """As if many writes waited: of those that follow, a sample is verified; 0: this is one."""
+    monkeypatch.setattr(ssd_writer, "GROUPS_BEHIND", 0)
+
+    def set_to(number: int) -> None:
+        monkeypatch.setattr("random.randrange", lambda _count: number)
+
+    return set_to
+
+
+async def test_I1_while_writes_keep_up_all_are_verified(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("random.randrange", lambda _count: 1)
+    ops = await write_corrupt(rig, *range(16))
+    assert sorted(rig.reports.corrupt, key=attrgetter("row")) == ops
     assert not rig.reports.kept
     assert rig.index.entries() == ([], [])
 
 
-async def test_I1_after_a_corrupt_write_every_block_is_verified(rig: Rig) -> None:
-    unseen = corrupt_in_dram(rig, rig.write(1, os.urandom(PAGE), 0))
-    rig.tier.submit_writes([unseen])
-    await rig.drain()
-    assert rig.reports.kept == [unseen]
-    found = corrupt_in_dram(rig, rig.write(0, os.urandom(PAGE), PAGE))
-    rig.tier.submit_writes([found])
-    await rig.drain()
-    ops = [rig.write(row, os.urandom(PAGE), row * PAGE) for row in range(2, 16)]
-    for op in ops[::2]:
-        corrupt_in_dram(rig, op)
-    rig.tier.submit_writes(ops)
-    await rig.drain()
-    assert sorted(rig.reports.corrupt, key=attrgetter("row")) == [found, *ops[::2]]
-    assert sorted(rig.reports.kept, key=attrgetter("row")) == [unseen, *ops[1::2]]
+async def test_I1_while_writes_queue_up_a_sample_is_verified(
+    rig: Rig, chance: Callable[[int], None]
+) -> None:
+    chance(1)
+    unseen = await write_corrupt(rig, 1, 2)
+    assert sorted(rig.reports.kept, key=attrgetter("row")) == unseen
+    chance(0)
+    seen = await write_corrupt(rig, 3)
+    assert rig.reports.corrupt == seen
 
 
-async def test_I1_after_a_corrupt_read_every_block_is_verified(rig: Rig) -> None:
-    unseen = corrupt_in_dram(rig, rig.write(1, os.urandom(PAGE), 0))
-    rig.tier.submit_writes([unseen])
+async def test_I1_after_a_corrupt_block_all_are_verified(
+    rig: Rig, chance: Callable[[int], None]
+) -> None:
+    chance(0)
+    found = await write_corrupt(rig, 0)
+    assert rig.tier.verifies_all
+    chance(1)
+    found += await write_corrupt(rig, *range(1, 16, 2))
+    assert sorted(rig.reports.corrupt, key=attrgetter("row")) == found
+    assert not rig.reports.kept
+
+
+DATA_FAILS = ",".join(f"ssd.data:eio@{n}" for n in (1, 2, 3))
+
+
+@pytest.mark.parametrize("fault", [DATA_FAILS, "ssd.sync:eio", "ssd.index:eio"])
+async def test_I1_a_corrupt_block_is_corrupt_whatever_fails_besides(rig: Rig, fault: str) -> None:
+    good = rig.write(1, os.urandom(PAGE), PAGE)
+    bad = corrupt_in_dram(rig, rig.write(2, os.urandom(PAGE), 2 * PAGE))
+    arm(fault)
+    rig.tier.submit_writes([good, bad])
     await rig.drain()
-    rig.tier.submit_reads([rig.read(unseen)])
-    await rig.drain()
-    assert rig.reports.reads == {1: IoOutcome.CORRUPT}
-    next_one = corrupt_in_dram(rig, rig.write(2, os.urandom(PAGE), PAGE))
-    rig.tier.submit_writes([next_one])
-    await rig.drain()
-    assert rig.reports.corrupt == [next_one]
+    assert (rig.reports.corrupt, rig.reports.failed) == ([bad], [good])
+    assert not rig.reports.kept
 
 
 async def test_read_that_fails_is_told_apart_from_corruption(rig: Rig) -> None:

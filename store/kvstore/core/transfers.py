@@ -241,7 +241,9 @@ class Transfers:
         if len(bad):
             blocks.free_dram(bad, DramState.LOADING)
             blocks.drop_ssd(bad, EndReason.CORRUPT)
-        blocks.count("corrupt_blocks", outcomes.count(IoOutcome.CORRUPT))
+        # Of a block that was purged meanwhile the space on SSD may be another's by now.
+        corrupt = np.array([outcome is IoOutcome.CORRUPT for outcome in outcomes], dtype=np.bool_)
+        blocks.count("corrupt_blocks", int(np.count_nonzero(loading & corrupt)))
         blocks.count("ssd_read_errors", outcomes.count(IoOutcome.FAILED))
         self.tiering.release_dead(rows[~loading])
 

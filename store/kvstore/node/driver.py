@@ -49,6 +49,13 @@ class Driver:
             self._events(effects.events)
         self._set_timer()
 
+    def heed_corruption(self) -> None:
+        """Has all writes verified once the core has counted a corrupt block on SSD."""
+        counters = self.core.counters
+        found = counters.get("corrupt_blocks", 0) + counters.get("scrub_corrupt_blocks", 0)
+        if found and self.ssd is not None and not self.ssd.verifies_all:
+            self.ssd.suspect()
+
     def close(self) -> None:
         """No more ticks."""
         if self._timer is not None:
@@ -73,7 +80,9 @@ class Driver:
         self._reads_out -= len(done)
         if not self._reads_out:
             self.reads_idle.set()
-        self.apply(self.core.reads_done(done, self.now()))
+        effects = self.core.reads_done(done, self.now())
+        self.heed_corruption()
+        self.apply(effects)
 
     def writes_done(self, done: Sequence[WriteSsd], ok: bool) -> None:
         """Writes of one group ended."""

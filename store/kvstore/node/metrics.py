@@ -41,6 +41,11 @@ class NodeCollector(Collector):
                 "Unix time at which the last pass of the scrubber ended; 0: none so far",
                 node.scrubber.pass_finished_unix_s if node.scrubber else 0,
             ),
+            (
+                "ssd_verifies_all",
+                "Whether every block is verified before its write, also while writes queue up",
+                int(node.driver.ssd is not None and node.driver.ssd.verifies_all),
+            ),
             ("ssd_failed", "Whether the SSD takes no more writes", int(self._ssd_failed())),
         )
         return [

@@ -91,8 +91,7 @@ class Scrubber:
         effects = self._driver.core.scrub_done(
             list(zip(run, outcomes, strict=True)), self._driver.now()
         )
-        if IoOutcome.CORRUPT in outcomes and self._driver.ssd is not None:
-            self._driver.ssd.suspect()
+        self._driver.heed_corruption()
         dropped = {drop.key for drop in effects.drops}
         self._driver.apply(effects)
         bad = [copy for copy in run if copy.key in dropped]

@@ -10,7 +10,7 @@ from kvstore.core.admission import check_admission
 from kvstore.core.spec import SLOT_ALIGN_BYTES
 from kvstore.errors import ConfigError
 
-WRITE_CHECKS = ("sampled", "all")
+WRITE_CHECKS = ("adaptive", "all")
 _ADDRESS = re.compile(r"unix:.+|.+:\d+")
 _NODE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
@@ -41,9 +41,9 @@ class NodeConfig:
         "(while there is room; then what is used more than what it displaces)",
     )
     ssd_write_checks: str = option(
-        "sampled",
-        text="which blocks are verified once more before they are written to SSD: sampled (one of "
-        "16, and every one after the first corrupt block), or all",
+        "adaptive",
+        text="which blocks are verified before they are written to SSD: adaptive (one of 16 while "
+        "writes queue up, until a block was corrupt; else all), or all",
     )
     scrub_mb_s: float = option(
         8.0, text="how fast SSD blocks are verified in the background, in MB/s; 0: not at all"

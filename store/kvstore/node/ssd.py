@@ -47,7 +47,7 @@ class SsdTier:
         *,
         prove_all: bool = False,
     ) -> None:
-        """``prove_all``: every block is verified before it is written, not only a sample."""
+        """``prove_all``: blocks are all verified before a write, also while writes queue up."""
         self.file = file
         self.index = index
         self._memory = memory
@@ -84,6 +84,11 @@ class SsdTier:
     def full(self) -> str:
         """Why the index takes nothing for now; empty while it does."""
         return self._writer.full
+
+    @property
+    def verifies_all(self) -> bool:
+        """Whether every block is verified before it is written, also while writes queue up."""
+        return self._writer.proves_all
 
     def suspect(self) -> None:
         """A block was corrupt: from now on all are verified before they are written."""
@@ -186,7 +191,6 @@ class SsdTier:
         if ssd_block.verify(block, op.checksums):
             return IoOutcome.OK
         log.error("SSD block %s at byte %d is corrupt", op.key.hex()[:16], op.ssd_offset)
-        self.suspect()
         return IoOutcome.CORRUPT
 
     def _reads_ended(self) -> None:

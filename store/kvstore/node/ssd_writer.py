@@ -3,9 +3,9 @@
 A write is data, fdatasync, index commit, then its report; many are grouped under one fdatasync and
 one commit, and while a group is synced and committed the data of the next ones is written.
 
-Of what is written a sample is verified first, against the checksums of the commit; once a block of
-this node was corrupt, whoever found it, everything is. One that is found is never durable. Why not
-everything: docs/decisions/0008-a-sample-is-verified-before-ssd.md.
+What is written is verified first, against the checksums of the commit: other bytes never become
+durable. While writes queue up only a sample is verified (decision 0008), until a block of this node
+was found corrupt: from then on everything is.
 
 A removal is committed before it is reported, and only then may its space be reused. It goes with
 the next group that is committed, or at once where nothing is being written: a commit of its own
@@ -14,11 +14,13 @@ costs as much as a group's, 5 to 15 ms behind a busy device's queue.
 
 import logging
 import queue
+import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import lmdb
@@ -34,7 +36,8 @@ log = logging.getLogger(__name__)
 
 IO_THREADS = 4  # writes that the device has at a time
 PROVERS = 2  # threads that prove what is to be written, ahead of those
-SAMPLE = 16  # of so many blocks one is proven, by its key, while none was corrupt
+GROUPS_BEHIND = 1  # begun and not durable yet: then a sample of the next one is proven
+SAMPLE = 16  # blocks, of which one is proven
 RUN_BYTES = 4 << 20
 GROUP_BYTES = 64 << 20
 GROUP_WRITES = 16384
@@ -61,10 +64,8 @@ class _Group:
 
     writes: list[WriteSsd]
     running: int  # runs of them whose data is being written
+    sampled: bool  # not all of them need to be proven
     bad: dict[int, IoOutcome] = field(default_factory=dict)  # why one is not on the medium, by id
-
-
-Step = Callable[[Sequence[WriteSsd], dict[int, IoOutcome]], None]
 
 
 class _Run(NamedTuple):
@@ -97,8 +98,8 @@ class SsdWriter:
         self.index = index
         self.failed = ""  # why nothing is acknowledged any more; empty while all is well
         self.full = ""  # why the index takes nothing for now
+        self.proves_all = prove_all  # also while writes queue up
         self._memory = memory
-        self._prove_all = prove_all
         self._reports = reports
         self._post = post
         self._ended = ended
@@ -135,9 +136,13 @@ class SsdWriter:
         self._ready.put(drops)
 
     def suspect(self) -> None:
-        """A block was corrupt: all that follow are proven; called on any thread."""
-        if not self._prove_all:
-            self._prove_all = True
+        """A block was corrupt: every one that is written from now on is proven.
+
+        Called on any thread.
+        """
+        with self._group_lock:
+            known, self.proves_all = self.proves_all, True
+        if not known:
             log.warning("every block is verified before it is written to SSD, until a restart")
 
     def look(self) -> None:
@@ -163,7 +168,7 @@ class SsdWriter:
     def _start_loop(self) -> None:
         for writes in self._groups():
             runs = [] if self.failed else list(ssd_block.runs_of(writes, RUN_BYTES))
-            group = _Group(writes, len(runs))
+            group = _Group(writes, len(runs), sampled=len(self._begun) >= GROUPS_BEHIND)
             self._begun.append(group)
             for run in runs:
                 self._begun_runs.put(_Run(run, group, {}))
@@ -205,8 +210,13 @@ class SsdWriter:
                 groups += self._groups_written()
             if not groups and not (drops and (ended or not self._begun)):
                 continue
-            writes = [op for group in groups for op in group.writes]
             bad = {place: why for group in groups for place, why in group.bad.items()}
+            writes: list[WriteSsd] = []
+            corrupt: list[WriteSsd] = []
+            for op in (op for group in groups for op in group.writes):
+                (corrupt if bad.get(id(op)) is IoOutcome.CORRUPT else writes).append(op)
+            if corrupt:  # whatever becomes of the others
+                self._post(partial(self._report_group, (), (), (), corrupt))
             try:
                 self._commit(drops, writes, bad)
             except Exception:  # a bug; without this thread every writer would wait for ever
@@ -255,9 +265,8 @@ class SsdWriter:
         if self.full and changes:
             log.info("SSD index has room again")
             self.full = ""
-        failed = [op for op in writes if bad.get(id(op)) is IoOutcome.FAILED]
-        corrupt = [op for op in writes if bad.get(id(op)) is IoOutcome.CORRUPT]
-        self._post(lambda: self._report_group(failed, kept, drops, corrupt))
+        failed = [op for op in writes if id(op) in bad]
+        self._post(lambda: self._report_group(failed, kept, drops))
 
     def _put_off(
         self, writes: Sequence[WriteSsd], drops: Sequence[DropSsd], error: Exception
@@ -302,16 +311,17 @@ class SsdWriter:
 
     def _write_loop(self) -> None:
         while (run := self._proven_runs.get()) is not None:
-            self._carried_out(self._write, run)
+            self._carried_out(self._write_run, run)
             self._end_run(run)
 
-    def _carried_out(self, step: Step, run: _Run) -> bool:
+    def _carried_out(self, step: Callable[[_Run], None], run: _Run) -> bool:
         try:
-            step(run.writes, run.bad)
+            step(run)
         except Exception:  # a bug; without its end the group would be waited for for ever
             log.exception("a run of writes failed")
             self._fail("a bug; the log has it")
-            run.bad.update((id(op), IoOutcome.FAILED) for op in run.writes)
+            for op in run.writes:
+                run.bad.setdefault(id(op), IoOutcome.FAILED)
             return False
         return True
 
@@ -324,6 +334,9 @@ class SsdWriter:
                 return
         self._ready.put(())
 
+    def _write_run(self, run: _Run) -> None:
+        self._write(run.writes, run.bad)
+
     def _write(self, run: Sequence[WriteSsd], bad: dict[int, IoOutcome]) -> None:
         """Writes data; notes those requests whose data is not on the medium."""
         try:
@@ -335,21 +348,23 @@ class SsdWriter:
                     self._write([op], bad)
                 return
             log.error("SSD write at byte %d failed: %s", run[0].ssd_offset, error)
-            bad[id(run[0])] = IoOutcome.FAILED
+            bad.setdefault(id(run[0]), IoOutcome.FAILED)  # a corrupt one stays corrupt
 
-    def _prove(self, run: Sequence[WriteSsd], bad: dict[int, IoOutcome]) -> None:
+    def _prove(self, run: _Run) -> None:
         """Notes those blocks whose bytes in DRAM are not those of the commit."""
-        bad.update((id(op), IoOutcome.CORRUPT) for op in run if not self._proven(op))
+        for op in run.writes:
+            if run.group.sampled and not self.proves_all and random.randrange(SAMPLE):
+                continue
+            if not self._proven(op):
+                run.bad[id(op)] = IoOutcome.CORRUPT
+                self.suspect()
 
     def _proven(self, op: WriteSsd) -> bool:
-        """Whether the bytes in DRAM are those of the commit, as far as this one is looked at."""
-        if not self._prove_all and op.key[0] % SAMPLE:
-            return True
+        """Whether the bytes in DRAM are those of the commit."""
         block = self._memory[op.dram_offset : op.dram_offset + op.nbytes]
         if ssd_block.verify(block, op.record.checksums):
             return True
         log.error("block %s in DRAM is not what was committed: dropped", op.key.hex()[:16])
-        self.suspect()
         return False
 
     def _lost(self) -> str:
