@@ -13,6 +13,9 @@ fdatasync and the index are on the medium. The ceiling: ``pwritev`` with O_DIREC
 already holds over the same range, one block a request, as many threads as the node has for
 writes, and an fdatasync every 64 MiB, the size of the node's groups; nothing is hashed or indexed.
 
+``_beside_copy`` is that loop while one thread copies as many bytes into other memory, hashing, as
+every put does, against the loop alone: what this machine takes from the disk for that work alone.
+
 A block of ``cpu`` rows says what processor time the same rounds took: of the node, of its client,
 and of the loop, in seconds per GB (10^9 bytes).
 """
@@ -26,6 +29,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -34,6 +38,7 @@ import numpy.typing as npt
 from kvstore.core.types import AckLevel, Tier
 from kvstore.node import ssd, ssd_writer
 from kvstore_client import AsyncClient, CacheSpec, Lease, Namespace
+from kvstore_client.copying import scatter
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.harness import Row, interleave
@@ -166,6 +171,7 @@ class Writes:
     disk: RawDisk
     cpu: Cpu
     data: Bytes
+    target: Bytes = field(default_factory=lambda: np.ones(DRAM_BYTES, dtype=np.uint8))
 
     async def ours(self, number: int) -> float:
         """New prompts."""
@@ -180,13 +186,35 @@ class Writes:
     async def raw(self, number: int) -> float:
         """What the file holds there already; every write of the node has ended."""
         del number
-        block_bytes = self.prompts.namespace.spec.block_bytes
-        requests = Requests(
-            0, WRITE_BYTES, block_bytes, ssd_writer.IO_THREADS, ssd_writer.GROUP_BYTES
-        )
-        self.disk.read(requests)
+        requests = self._read_back()
         with self.cpu.of("raw"):
             return self.disk.write(requests)
+
+    async def beside_copy(self, number: int) -> float:
+        """The same, while a thread does what a client's put does to as many bytes."""
+        del number
+        requests = self._read_back()
+        with ThreadPoolExecutor(1) as copier:
+            start = time.perf_counter()
+            copied = copier.submit(self._copy)
+            self.disk.write(requests)
+            copied.result()
+            return time.perf_counter() - start
+
+    def _read_back(self) -> Requests:
+        """What is to be written: it is in the loop's memory then."""
+        block_bytes = self.prompts.namespace.spec.block_bytes
+        threads, sync_bytes = ssd_writer.IO_THREADS, ssd_writer.GROUP_BYTES
+        requests = Requests(0, WRITE_BYTES, block_bytes, threads, sync_bytes)
+        self.disk.read(requests)
+        return requests
+
+    def _copy(self) -> None:
+        nbytes = self.prompts.namespace.spec.block_bytes
+        for at in range(0, WRITE_BYTES, len(self.data)):
+            first = at % len(self.target)
+            offsets = np.arange(first, first + len(self.data), nbytes)
+            scatter(self.target, offsets, nbytes, self.data)
 
 
 async def _measure(node: NodeProcess, client: AsyncClient, rounds: int) -> list[Row]:
@@ -215,6 +243,9 @@ async def _measure(node: NodeProcess, client: AsyncClient, rounds: int) -> list[
                 measured = await interleave(kind.ours, kind.raw, rounds=rounds)
                 rows.append(measured.rate_row(metric, nbytes, "O_DIRECT loop"))
                 rows += kind.cpu.rows(metric, nbytes)
+            beside = await interleave(writes.beside_copy, writes.raw, rounds=rounds)
+            metric = f"ssd_write_{size}_beside_copy"
+            rows.append(beside.rate_row(metric, WRITE_BYTES, "O_DIRECT loop"))
     finally:
         disk.close()
     return rows
