@@ -23,14 +23,17 @@ LIBRARY = Path(__file__).with_name("_stream.so")
 STREAM_BYTES_MIN = 128 << 10
 
 
-def load(path: Path) -> Callable[[int, int, int], None] | None:
+def load(path: Path, order: str = "") -> Callable[[int, int, int], None] | None:
     """``copy(target address, source address, bytes)`` of the library.
 
-    None where there is none that runs on this processor.
+    ``order``: "lines" or "pages"; otherwise what suits this processor. None where there is no
+    library, or it does not run on this processor.
     """
     try:
         library = ctypes.CDLL(str(path))
-        function, supported = library.kvstore_stream_copy, library.kvstore_stream_supported()
+        supported = library.kvstore_stream_supported()
+        order = order or ("pages" if library.kvstore_stream_prefers_pages() else "lines")
+        function = library[f"kvstore_stream_copy_{order}"]
     except (OSError, AttributeError) as error:
         log.debug("copies are libc's: %s", error)
         return None

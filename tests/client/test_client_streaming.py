@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ def either_copy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         pytest.skip("this installation has no library for copies")
 
 
+@pytest.mark.parametrize("order", ["lines", "pages", "libc"])
 @given(
     size=st.one_of(
         st.integers(0, 2 * streaming.STREAM_BYTES_MIN),
@@ -49,10 +51,16 @@ def either_copy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     to=st.integers(0, 70),
     start=st.integers(0, 70),
 )
-def test_a_copy_changes_its_target_and_nothing_else(size: int, to: int, start: int) -> None:
+def test_a_copy_changes_its_target_and_nothing_else(
+    order: str, size: int, to: int, start: int
+) -> None:
+    stream = None if order == "libc" else streaming.load(streaming.LIBRARY, order)
+    if stream is None and order != "libc":
+        pytest.skip("this installation has no library for copies")
     source = np.random.default_rng(size).integers(1, 256, SOME_BYTES + 70, dtype=np.uint8)
     memory = np.zeros(SOME_BYTES + 140, dtype=np.uint8)
-    streaming.copy(memory[to : to + size], source[start : start + size])
+    with patch.object(streaming, "_stream", stream):
+        streaming.copy(memory[to : to + size], source[start : start + size])
     assert np.array_equal(memory[to : to + size], source[start : start + size])
     assert not memory[:to].any()
     assert not memory[to + size :].any()
