@@ -58,7 +58,7 @@ def copy(target: Bytes, source: Bytes) -> None:
     """Copies ``source`` to ``target``, bytes in one dimension, without the interpreter.
 
     They may be the same memory, but must not overlap otherwise. Raises ValueError if the lengths
-    differ or ``target`` is read-only, TypeError if these are not bytes.
+    differ or ``target`` is read-only, TypeError where numpy does not cast to the target's type.
     """
     if target.shape != source.shape:
         raise ValueError(f"{source.shape} bytes into {target.shape}")

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 IO_THREADS = 4  # writes that the device has at a time
 PROVERS = 2  # threads that prove what is to be written, ahead of those
-GROUPS_BEHIND = 1  # begun and not durable yet: then a sample of the next one is proven
+GROUPS_BEHIND = 1  # whose data is not written yet: then a sample of the next one is proven
 SAMPLE = 16  # blocks, of which one is proven
 RUN_BYTES = 4 << 20
 GROUP_BYTES = 64 << 20
