@@ -66,6 +66,11 @@ class NodeProcess:
         fields = (line.split() for line in lines if line.startswith("Rss"))
         return {name.rstrip(":"): int(value) * 1024 for name, value, _ in fields}
 
+    def huge_shared_bytes(self) -> int:
+        """Shared memory that it has mapped in huge pages."""
+        lines = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if "ShmemPmdMapped" in line)
+
     def directory_bytes(self) -> int:
         """Size of its directory in shared memory."""
         maps = Path(f"/proc/{self.process.pid}/maps").read_text().splitlines()
