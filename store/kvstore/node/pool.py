@@ -160,9 +160,8 @@ def _populate(memory: mmap.mmap, size_bytes: int) -> bool:
     def step(offset: int) -> int:
         end = min(offset + POPULATE_STEP_BYTES, size_bytes)
         for page in range(offset, end - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES):
-            if time.monotonic() > huge_until:
+            if time.monotonic() > huge_until or not _take_huge(start + page):
                 break
-            _take_huge(start + page)  # where one cannot be had the next one may
         return _advise(start + offset, end - offset, MADV_POPULATE_WRITE)
 
     # One core is left to whatever the node does meanwhile.
@@ -176,11 +175,12 @@ def _populate(memory: mmap.mmap, size_bytes: int) -> bool:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _take_huge(address: int) -> None:
-    """Takes a huge page; if it cannot be had, its small ones are still to be taken."""
+def _take_huge(address: int) -> bool:
+    """Takes a huge page; False if it cannot be had: then its small ones are still to be taken."""
     # Of a range without any page nothing is made.
-    if not _advise(address, mmap.PAGESIZE, MADV_POPULATE_WRITE):
-        _advise(address, HUGE_PAGE_BYTES, MADV_COLLAPSE)
+    if _advise(address, mmap.PAGESIZE, MADV_POPULATE_WRITE):
+        return False
+    return _advise(address, HUGE_PAGE_BYTES, MADV_COLLAPSE) == 0
 
 
 def _advise(address: int, nbytes: int, advice: int) -> int:
