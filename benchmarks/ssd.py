@@ -16,7 +16,7 @@ writes, and an fdatasync every 64 MiB, the size of the node's groups; nothing is
 ``_beside_copy`` is that loop while one thread copies as many bytes into other memory, hashing, as
 every put does, against the loop alone: what this machine takes from the disk for that work alone.
 
-``pool_in_huge_pages`` below 1 explains slow rows: the node found memory too fragmented at its start.
+``pool_in_huge_pages`` below 1 explains slow rows: memory was too fragmented when the node started.
 
 A block of ``cpu`` rows says what processor time the same rounds took: of the node, of its client,
 and of the loop, in seconds per GB (10^9 bytes).
