@@ -300,3 +300,22 @@ def hello_message(**fields: Any) -> node_pb2.Hello:
 def generations(granted: Sequence[node_pb2.Granted]) -> list[int]:
     """Generations of all granted blocks."""
     return [int(g) for part in granted for g in np.frombuffer(part.generations, dtype="<u4")]
+
+
+async def put_one_corrupt(session: "RawSession", keys: list[bytes], bad: int) -> bytes:
+    """Commits ``keys`` at SYNCED, one with a bit flipped after its hash; the levels reached."""
+    reserve_id, reserved = await session.reserve(keys)
+    sums = b""
+    for index, view in session.slots(reserved.runs):
+        view[:] = data_of(keys[index])
+        sums += checksum(view)
+        if index == bad:
+            view[BLOCK_BYTES - 1] ^= 1
+        view.release()
+    commit = node_pb2.Commit(
+        reserve_id=reserve_id,
+        indices=range(len(keys)),
+        checksums=sums,
+        level=SYNCED,  # type: ignore[arg-type]
+    )
+    return (await session.call(commit=commit)).committed.levels

@@ -8,16 +8,14 @@ from typing import Any
 import pytest
 from kvstore.core.types import EndReason, ReserveStatus
 from kvstore.node.ssd_file import SsdFile
-from kvstore_proto import node_pb2
 
 from tests.node.rig import (
     BLOCK_BYTES,
     SYNCED,
     LocalNode,
     RawSession,
-    checksum,
-    data_of,
     keys_of,
+    put_one_corrupt,
     until,
 )
 
@@ -87,17 +85,7 @@ async def test_I7_a_burst_of_four_times_dram_loses_nothing(make_node: MakeNode, 
 async def test_I1_bytes_other_than_those_of_the_commit_are_never_durable(node: LocalNode) -> None:
     session = await RawSession.open(node.address)
     keys = keys_of(3)
-    reserve_id, reserved = await session.reserve(keys)
-    sums = b""
-    for index, view in session.slots(reserved.runs):
-        view[:] = data_of(keys[index])
-        sums += checksum(view)
-        if index == 1:
-            view[BLOCK_BYTES - 1] ^= 1
-        view.release()
-    commit: Any = {"reserve_id": reserve_id, "indices": [0, 1, 2], "checksums": sums}
-    answer = await session.call(commit=node_pb2.Commit(**commit, level=SYNCED))  # type: ignore[arg-type]
-    assert answer.committed.levels == bytes([SYNCED, 0, SYNCED])
+    assert await put_one_corrupt(session, keys, 1) == bytes([SYNCED, 0, SYNCED])
     end = await session.check(keys)
     assert (end.granted, end.reason) == (1, EndReason.CORRUPT)
     assert node.node.core.counters["commit_corrupt_blocks"] == 1

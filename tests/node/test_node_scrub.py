@@ -16,16 +16,14 @@ from kvstore.node.block_reader import BlockReader
 from kvstore.node.metrics import node_registry
 from kvstore.node.scrub import Scrubber
 from kvstore.node.settings import NodeConfig
-from kvstore_proto import node_pb2
 
 from tests.node.rig import (
     BLOCK_BYTES,
     SYNCED,
     LocalNode,
     RawSession,
-    checksum,
-    data_of,
     keys_of,
+    put_one_corrupt,
     until,
 )
 
@@ -104,17 +102,7 @@ async def test_I1_a_block_in_dram_that_is_not_what_was_committed_goes_too(
     await node.start()
     session = await RawSession.open(node.address)
     keys = keys_of(3)
-    reserve_id, reserved = await session.reserve(keys)
-    sums = b""
-    for index, view in session.slots(reserved.runs):
-        view[:] = data_of(keys[index])
-        sums += checksum(view)
-        if index == 1:
-            view[0] ^= 1
-        view.release()
-    commit: Any = {"reserve_id": reserve_id, "indices": [0, 1, 2], "checksums": sums}
-    answer = await session.call(commit=node_pb2.Commit(**commit, level=SYNCED))  # type: ignore[arg-type]
-    assert answer.committed.levels == bytes([SYNCED] * 3)
+    assert await put_one_corrupt(session, keys, 1) == bytes([SYNCED] * 3)
     await scrubber_of(node).scrub_all()
     await node.idle()
     counters = node.node.core.counters
@@ -123,6 +111,12 @@ async def test_I1_a_block_in_dram_that_is_not_what_was_committed_goes_too(
     end = await session.check(keys)
     assert (end.granted, end.reason) == (1, CORRUPT)
     await session.goodbye()
+
+
+async def test_all_are_verified_where_that_is_asked_for(make_node: MakeNode) -> None:
+    node = make_node(ssd_write_checks="all")
+    await node.start()
+    assert await verifies_all(node)
 
 
 async def test_a_copy_that_was_written_over_meanwhile_is_no_corruption(

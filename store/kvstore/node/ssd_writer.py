@@ -3,9 +3,9 @@
 A write is data, fdatasync, index commit, then its report; many are grouped under one fdatasync and
 one commit, and while a group is synced and committed the data of the next ones is written.
 
-What is written is verified first, against the checksums of the commit: other bytes never become
-durable. While writes queue up only a sample is verified (decision 0008), until a block of this node
-was found corrupt: from then on everything is.
+What is written is verified first, against the checksums of the commit; a block that fails never
+becomes durable. While writes queue up only a sample is verified (decision 0008), until a block of
+this node was found corrupt: from then on everything is.
 
 A removal is committed before it is reported, and only then may its space be reused. It goes with
 the next group that is committed, or at once where nothing is being written: a commit of its own
@@ -311,7 +311,7 @@ class SsdWriter:
 
     def _write_loop(self) -> None:
         while (run := self._proven_runs.get()) is not None:
-            self._carried_out(self._write_run, run)
+            self._carried_out(self._write, run)
             self._end_run(run)
 
     def _carried_out(self, step: Callable[[_Run], None], run: _Run) -> bool:
@@ -334,21 +334,19 @@ class SsdWriter:
                 return
         self._ready.put(())
 
-    def _write_run(self, run: _Run) -> None:
-        self._write(run.writes, run.bad)
-
-    def _write(self, run: Sequence[WriteSsd], bad: dict[int, IoOutcome]) -> None:
+    def _write(self, run: _Run) -> None:
         """Writes data; notes those requests whose data is not on the medium."""
+        first = run.writes[0]
         try:
             faultpoint("ssd.data")
-            self.file.write(ssd_block.slots_of(run, self._memory), run[0].ssd_offset)
+            self.file.write(ssd_block.slots_of(run.writes, self._memory), first.ssd_offset)
         except OSError as error:
-            if len(run) > 1:  # the others of the run may find sound places
-                for op in run:
-                    self._write([op], bad)
+            if len(run.writes) > 1:  # the others of the run may find sound places
+                for op in run.writes:
+                    self._write(run._replace(writes=[op]))
                 return
-            log.error("SSD write at byte %d failed: %s", run[0].ssd_offset, error)
-            bad.setdefault(id(run[0]), IoOutcome.FAILED)  # a corrupt one stays corrupt
+            log.error("SSD write at byte %d failed: %s", first.ssd_offset, error)
+            run.bad.setdefault(id(first), IoOutcome.FAILED)  # a corrupt one stays corrupt
 
     def _prove(self, run: _Run) -> None:
         """Notes those blocks whose bytes in DRAM are not those of the commit."""
