@@ -1,6 +1,5 @@
 """The node's shared memory in this process: the pool, read and write, and the directory."""
 
-import ctypes
 import errno
 import logging
 import mmap
@@ -11,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from kvstore.core.directory import DirectoryReader
 from kvstore.errors import PreconditionError
+from kvstore.shared_memory import MADV_POPULATE_WRITE, advise, map_shared
 from kvstore_proto import node_pb2
 
 log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
 
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module of Python 3.11 has no name for it
 _POPULATE_STEP_BYTES = 32 << 20
 
 
@@ -32,8 +31,7 @@ def _map(path: str, nbytes: int, *, write: bool) -> mmap.mmap:
     try:
         if not 0 < nbytes <= os.fstat(fd).st_size:
             raise PreconditionError(f"{path} is not of the {nbytes} bytes that the node announced")
-        prot = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
-        return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=prot)
+        return map_shared(fd, nbytes) if write else mmap.mmap(fd, nbytes, prot=mmap.PROT_READ)
     finally:
         os.close(fd)
 
@@ -63,18 +61,15 @@ class Mapping:
     def _populate(self) -> None:
         """Maps every page now, so that no copy stops for a page fault.
 
-        In steps, as each holds the lock of the address space; through ctypes, as that lets other
-        threads run meanwhile.
+        In steps, as each holds the lock of the address space.
         """
-        madvise = ctypes.CDLL(None, use_errno=True).madvise
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         base = self.pool.ctypes.data
         for at in range(0, len(self.pool), _POPULATE_STEP_BYTES):
             step = min(_POPULATE_STEP_BYTES, len(self.pool) - at)
             if self._stop.is_set():
                 return
-            if madvise(base + at, step, _MADV_POPULATE_WRITE):
-                log.info("pool is mapped on demand: %s", errno.errorcode.get(ctypes.get_errno()))
+            if code := advise(base + at, step, MADV_POPULATE_WRITE):
+                log.info("pool is mapped on demand: %s", errno.errorcode.get(code))
                 return
 
     def wait_populated(self, timeout_s: float) -> bool:

@@ -37,6 +37,11 @@ class NodeCollector(Collector):
             ("master_connected", "Whether the master answers", int(node.link.connected)),
             ("hbm_keys_refused", "HBM keys beyond the limit", node.hbm.refused),
             (
+                "pool_small_pages_bytes",
+                "How much of the pool is not in huge pages, though it could be",
+                node.huge_pages.small_bytes,
+            ),
+            (
                 "scrub_pass_finished_seconds",
                 "Unix time at which the last pass of the scrubber ended; 0: none so far",
                 node.scrubber.pass_finished_unix_s if node.scrubber else 0,

@@ -24,6 +24,7 @@ from kvstore.node.clients import Clients
 from kvstore.node.dir_lock import DirectoryLock
 from kvstore.node.driver import Driver
 from kvstore.node.hbm import HbmInventory
+from kvstore.node.huge_pages import HugePages
 from kvstore.node.master_link import MasterLink
 from kvstore.node.namespaces import NamespaceKeeper, reopen
 from kvstore.node.pool import SharedFile, check_room, remove_dead_siblings, remove_stale_files
@@ -105,6 +106,8 @@ class Node:
             self.namespaces: NamespaceKeeper | None = None
             restored = self._restore(resources, ssd[1]) if ssd is not None else Effects()
             self.pool.wait_taken()
+            self.huge_pages = HugePages(self.pool)
+            resources.callback(self.huge_pages.close)
             if ssd is not None:
                 memory = memoryview(self.pool.map)
                 try:
@@ -195,6 +198,7 @@ class Node:
         """Begins what goes on in the background; the node serves already."""
         self.link.start()
         self.auditor.start()
+        self.huge_pages.start()
         if self.scrubber is not None:
             self.scrubber.start()
 

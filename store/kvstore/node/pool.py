@@ -1,7 +1,6 @@
 """The DRAM tier's files in shared memory: the pool of slots and the directory beside it."""
 
 import contextlib
-import ctypes
 import errno
 import mmap
 import os
@@ -13,17 +12,19 @@ from pathlib import Path
 from kvstore.config import readable_size
 from kvstore.errors import ConfigError
 from kvstore.node.dir_lock import DirectoryLock
+from kvstore.shared_memory import (
+    HUGE_PAGE_BYTES,
+    MADV_COLLAPSE,
+    MADV_POPULATE_WRITE,
+    address_of,
+    advise,
+    map_shared,
+)
 
-MADV_POPULATE_WRITE = 23
-MADV_COLLAPSE = 25  # Linux 6.1; unlike MADV_HUGEPAGE it needs no huge= of the tmpfs
-HUGE_PAGE_BYTES = 2 << 20
 HUGE_PAGES_S_PER_GIB = 1.0  # mostly it takes 0.1 to 0.25, 2 where memory is fragmented
 POPULATE_STEP_BYTES = 64 << 20
 POPULATE_THREADS_MAX = 4
 FILE_NAMES = ("pool-*", "directory-*")
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def remove_stale_files(folder: Path) -> int:
@@ -81,13 +82,14 @@ class SharedFile:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.ftruncate(self._descriptor, size_bytes)
-            self.map = _mapped(self._descriptor, size_bytes)
+            self.map = map_shared(self._descriptor, size_bytes)
         except OSError as error:
             os.close(self._descriptor)
             path.unlink()
             raise self._no_room(error) from None
         with contextlib.suppress(OSError):
             self.map.madvise(mmap.MADV_HUGEPAGE)
+        self.small: list[int] = []  # once taken, where 2 MiB that could be a huge page are not
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="pool-take")
         self._taken = self._threads.submit(self._take)
         self._threads.shutdown(wait=False)
@@ -101,8 +103,11 @@ class SharedFile:
 
     def _take(self) -> None:
         try:
-            if not _populate(self.map, self.size_bytes):
+            small = _populate(self.map, self.size_bytes)
+            if small is None:
                 os.posix_fallocate(self._descriptor, 0, self.size_bytes)
+            else:
+                self.small = small
         finally:
             os.close(self._descriptor)
 
@@ -129,63 +134,40 @@ def check_room(folder: Path, size_bytes: int) -> None:
         )
 
 
-def _address(memory: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
-
-
-def _mapped(descriptor: int, size_bytes: int) -> mmap.mmap:
-    """The file, at an address that huge pages need, if it is as long as one and luck has it.
-
-    The kernel maps below what it has mapped last, so something of the right length goes before.
-    """
-    memory = mmap.mmap(descriptor, size_bytes)
-    beyond = _address(memory) % HUGE_PAGE_BYTES
-    if not beyond or size_bytes < HUGE_PAGE_BYTES:
-        return memory
-    memory.close()
-    before = beyond - size_bytes % HUGE_PAGE_BYTES + size_bytes
-    with mmap.mmap(-1, before, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ):
-        return mmap.mmap(descriptor, size_bytes)
-
-
-def _populate(memory: mmap.mmap, size_bytes: int) -> bool:
-    """Takes every page now, with several threads; False where the kernel cannot.
+def _populate(memory: mmap.mmap, size_bytes: int) -> list[int] | None:
+    """Takes every page now, with several threads; None where the kernel cannot.
 
     As huge pages where it can in good time: the device moves one as one piece, which a request
-    for 4,096 bytes at a time cannot, and neither side looks up so many addresses.
+    for 4,096 bytes at a time cannot, and neither side looks up so many addresses. Returns where
+    that was not to be.
     """
-    start = _address(memory)
+    start = address_of(memory)
     huge_until = time.monotonic() + HUGE_PAGES_S_PER_GIB * max(1.0, size_bytes / (1 << 30))
+    small: list[int] = []
 
     def step(offset: int) -> int:
         end = min(offset + POPULATE_STEP_BYTES, size_bytes)
-        for page in range(offset, end - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES):
+        pages = range(offset, end - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES)
+        for at, page in enumerate(pages):
             if time.monotonic() > huge_until or not _take_huge(start + page):
+                small.extend(pages[at:])
                 break
-        return _advise(start + offset, end - offset, MADV_POPULATE_WRITE)
+        return advise(start + offset, end - offset, MADV_POPULATE_WRITE)
 
     # One core is left to whatever the node does meanwhile.
     count = min(POPULATE_THREADS_MAX, max(1, len(os.sched_getaffinity(0)) - 1))
     with ThreadPoolExecutor(count) as threads:
         codes = set(threads.map(step, range(0, size_bytes, POPULATE_STEP_BYTES)))
     if codes <= {0}:
-        return True
+        return sorted(small)
     if codes <= {0, errno.EINVAL, errno.ENOSYS}:
-        return False
+        return None
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _take_huge(address: int) -> bool:
     """Takes a huge page; False if it cannot be had: then its small ones are still to be taken."""
     # Of a range without any page nothing is made.
-    if _advise(address, mmap.PAGESIZE, MADV_POPULATE_WRITE):
+    if advise(address, mmap.PAGESIZE, MADV_POPULATE_WRITE):
         return False
-    return _advise(address, HUGE_PAGE_BYTES, MADV_COLLAPSE) == 0
-
-
-def _advise(address: int, nbytes: int, advice: int) -> int:
-    """madvise; 0, or why it failed."""
-    while _libc.madvise(address, nbytes, advice):
-        if (code := ctypes.get_errno()) != errno.EINTR:
-            return code
-    return 0
+    return advise(address, HUGE_PAGE_BYTES, MADV_COLLAPSE) == 0

@@ -1,0 +1,190 @@
+"""What of the pool a start got in small pages becomes huge ones behind the node's work."""
+
+import asyncio
+import errno
+import logging
+import mmap
+import random
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from kvstore.node import huge_pages, pool
+from kvstore.node.huge_pages import FAILURES_IN_A_ROW, HugePages
+from kvstore.node.metrics import node_registry
+from kvstore.node.pool import SharedFile
+from kvstore.shared_memory import HUGE_PAGE_BYTES, MADV_COLLAPSE, address_of, advise
+
+from tests.node.rig import LocalNode
+
+PAGES = 32
+
+
+@pytest.fixture
+def small_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[SharedFile]:
+    """A pool for whose start the kernel had no huge page."""
+    monkeypatch.setattr(pool, "MADV_COLLAPSE", 12345)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        file = SharedFile(Path(folder) / "pool-1", PAGES * HUGE_PAGE_BYTES + mmap.PAGESIZE)
+        file.wait_taken()
+        yield file
+        file.close()
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("START_AFTER_S", "PASS_EVERY_S"):
+        monkeypatch.setattr(huge_pages, name, 0.001)
+    monkeypatch.setattr(huge_pages, "SHARE", 1.0)
+
+
+class Kernel:
+    """Answers each request as a function of its number says."""
+
+    def __init__(self, answer: Callable[[int], int]) -> None:
+        self.asked: list[int] = []
+        self._answer = answer
+
+    def __call__(self, address: int, nbytes: int, advice: int) -> int:
+        assert (nbytes, advice) == (HUGE_PAGE_BYTES, MADV_COLLAPSE)
+        self.asked.append(address)
+        return self._answer(len(self.asked) - 1)
+
+
+class Pauses(threading.Event):
+    """Notes how long somebody would wait, who waits no time at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked_s: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.asked_s.append(timeout or 0.0)
+        return super().wait(0)
+
+
+def run_until_ended(file: SharedFile, pauses: Pauses | None = None) -> HugePages:
+    huge = HugePages(file)
+    huge._stop = pauses or Pauses()
+    huge.start()
+    huge._thread.join(30)
+    assert not huge._thread.is_alive()
+    return huge
+
+
+def test_all_of_it_is_noted_as_small(small_pool: SharedFile) -> None:
+    assert small_pool.small == [at * HUGE_PAGE_BYTES for at in range(PAGES)]
+    assert HugePages(small_pool).small_bytes == PAGES * HUGE_PAGE_BYTES
+
+
+def test_bytes_stay_while_others_write_them(small_pool: SharedFile) -> None:
+    if advise(address_of(small_pool.map), HUGE_PAGE_BYTES, MADV_COLLAPSE) == errno.EINVAL:
+        pytest.skip("this kernel makes no huge pages of shared memory")
+    memory, chance = memoryview(small_pool.map), random.Random(7)
+    kept = chance.randbytes(len(memory) // 2)
+    memory[: len(kept)] = kept
+    ended, rounds = threading.Event(), 0
+
+    def write() -> None:
+        nonlocal rounds
+        while not ended.is_set() or not rounds:
+            rounds += 1
+            memory[len(kept) :] = bytes([rounds % 256]) * (len(memory) - len(kept))
+            assert memory[len(kept)] == memory[-1] == rounds % 256
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    huge = HugePages(small_pool)
+    huge.start()
+    huge._thread.join(30)
+    ended.set()
+    writer.join()
+    huge.close()
+    assert memory[: len(kept)] == kept
+    assert set(memory[len(kept) :]) == {rounds % 256}
+    assert small_pool.path.read_bytes() == memory
+    memory.release()
+
+
+def test_what_is_pinned_is_asked_for_again(
+    small_pool: SharedFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = Kernel(lambda number: errno.EAGAIN if number in (3, 5, PAGES) else 0)
+    monkeypatch.setattr(huge_pages, "advise", kernel)
+    assert run_until_ended(small_pool).small_bytes == 0
+    start = address_of(small_pool.map)
+    pages = [(address - start) // HUGE_PAGE_BYTES for address in kernel.asked]
+    assert pages == [*range(PAGES), 3, 5, 3]
+
+
+def test_a_pass_ends_where_no_memory_is_found_and_others_come_later(
+    small_pool: SharedFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huge_pages, "PASS_EVERY_S", 5.0)
+    none_in_passes = 9
+    kernel = Kernel(lambda n: errno.ENOMEM if n < none_in_passes * FAILURES_IN_A_ROW else 0)
+    monkeypatch.setattr(huge_pages, "advise", kernel)
+    pauses = Pauses()
+    assert run_until_ended(small_pool, pauses).small_bytes == 0
+    assert len(kernel.asked) == none_in_passes * FAILURES_IN_A_ROW + PAGES
+    between_passes = [pause for pause in pauses.asked_s if pause >= 5.0]
+    assert between_passes == [10, 20, 40, 80, 160, 320, 600, 600, 600]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS])
+def test_a_kernel_that_makes_none_is_asked_no_more(
+    code: int,
+    small_pool: SharedFile,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    kernel = Kernel(lambda _: code)
+    monkeypatch.setattr(huge_pages, "advise", kernel)
+    assert run_until_ended(small_pool).small_bytes == PAGES * HUGE_PAGE_BYTES
+    assert len(kernel.asked) == PAGES
+    assert errno.errorcode[code] in caplog.text
+
+
+def test_it_ends_in_the_middle_of_a_pass(
+    small_pool: SharedFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = threading.Event()
+
+    def answer(_number: int) -> int:
+        asked.set()
+        return 0
+
+    kernel = Kernel(answer)
+    monkeypatch.setattr(huge_pages, "advise", kernel)
+    monkeypatch.setattr(huge_pages, "SHARE", 1e-9)  # the pause after the first never ends
+    huge = HugePages(small_pool)
+    huge.start()
+    assert asked.wait(10)
+    huge.close()
+    assert len(kernel.asked) == 1
+    huge.close()
+
+
+def test_without_small_pages_no_thread_is_started(
+    small_pool: SharedFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_pool, "small", [])
+    huge = HugePages(small_pool)
+    huge.start()
+    assert huge._thread.ident is None
+    huge.close()
+
+
+async def test_a_node_shows_what_is_left(
+    make_node: Callable[..., LocalNode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "MADV_COLLAPSE", 12345)
+    monkeypatch.setattr(huge_pages, "advise", Kernel(lambda _: errno.EAGAIN))
+    node = make_node(dram=8 * HUGE_PAGE_BYTES)
+    await node.start()
+    name = "kvstore_node_pool_small_pages_bytes"
+    shown = await asyncio.to_thread(node_registry(node.node).get_sample_value, name)
+    assert shown in (8 * HUGE_PAGE_BYTES, 7 * HUGE_PAGE_BYTES)  # one may be in hand
