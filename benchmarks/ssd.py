@@ -16,7 +16,8 @@ writes, and an fdatasync every 64 MiB, the size of the node's groups; nothing is
 ``_beside_copy`` is that loop while one thread copies as many bytes into other memory, hashing, as
 every put does, against the loop alone: what this machine takes from the disk for that work alone.
 
-``pool_in_huge_pages`` below 1 explains slow rows: memory was too fragmented when the node started.
+``pool_in_huge_pages`` below 1 explains slow rows: memory was too fragmented for them.
+``loop_in_huge_pages`` is the same of the memory of the loop, which is not shared.
 
 A block of ``cpu`` rows says what processor time the same rounds took: of the node, of its client,
 and of the loop, in seconds per GB (10^9 bytes).
@@ -250,8 +251,16 @@ async def _measure(node: NodeProcess, client: AsyncClient, rounds: int) -> list[
             rows.append(beside.rate_row(metric, WRITE_BYTES, "O_DIRECT loop"))
     finally:
         disk.close()
-    huge = node.huge_shared_bytes() / DRAM_BYTES
-    return [*rows, Row("pool_in_huge_pages", huge, "of it, directory included")]
+    shared_bytes = DRAM_BYTES + node.directory_bytes()
+    return [
+        *rows,
+        Row(
+            "pool_in_huge_pages",
+            node.huge_shared_bytes() / shared_bytes,
+            "of it, directory included",
+        ),
+        Row("loop_in_huge_pages", disk.in_huge_pages, "of its memory"),
+    ]
 
 
 async def _with_client(node: NodeProcess, rounds: int) -> list[Row]:
