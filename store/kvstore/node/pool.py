@@ -21,7 +21,8 @@ from kvstore.shared_memory import (
     map_shared,
 )
 
-HUGE_PAGES_S_PER_GIB = 1.0  # mostly it takes 0.1 to 0.25, 2 where memory is fragmented
+# Mostly they take 0.1 to 0.25, 2 where memory is fragmented; what is left then is huge_pages.py's.
+HUGE_PAGES_S_PER_GIB = 0.4
 POPULATE_STEP_BYTES = 64 << 20
 POPULATE_THREADS_MAX = 4
 FILE_NAMES = ("pool-*", "directory-*")
@@ -142,7 +143,7 @@ def _populate(memory: mmap.mmap, size_bytes: int) -> list[int] | None:
     that was not to be.
     """
     start = address_of(memory)
-    huge_until = time.monotonic() + HUGE_PAGES_S_PER_GIB * max(1.0, size_bytes / (1 << 30))
+    huge_until = time.monotonic() + HUGE_PAGES_S_PER_GIB * size_bytes / (1 << 30)
     small: list[int] = []
 
     def step(offset: int) -> int:
