@@ -28,6 +28,7 @@ from kvstore_client.wire import MESSAGE_BYTES_MAX, error_of_call
 log = logging.getLogger(__name__)
 
 OUTSTANDING_MAX = 4096
+_RELEASED_MAX = 256  # with one request, as the protocol says
 _CLOSE_TIMEOUT_S = 1.0
 _PERMISSION_DENIED = "Permission denied"  # what gRPC says of a Unix socket
 _CHANNEL_OPTIONS = [
@@ -182,11 +183,27 @@ class Session:
         """Writes what is queued: a gRPC stream takes one message at a time."""
         try:
             while self._outgoing:
-                await self._stream.write(self._outgoing.popleft())
+                await self._stream.write(self._next_message())
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             log.debug("write on the session failed: %s", error)  # the reader learns why
         finally:
             self._pump_task = None
+
+    def _next_message(self) -> node_pb2.SessionRequest:
+        """The next request, with the releases that were posted before it: a message costs more
+        than what is in it.
+        """
+        request = self._outgoing.popleft()
+        before: list[node_pb2.Release] = []
+        while (
+            self._outgoing
+            and len(before) < _RELEASED_MAX
+            and request.WhichOneof("request") == "release"
+        ):
+            before.append(request.release)
+            request = self._outgoing.popleft()
+        request.released.extend(before)
+        return request
 
     async def _read(self) -> None:
         try:

@@ -9,7 +9,7 @@ from kvstore.core.spec import CacheSpec
 from kvstore.errors import InvalidArgumentError, KVStoreError, UnavailableError, error_from_code
 from kvstore_proto import common_pb2
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 KEYS_MAX = 1 << 16  # in one request
 MESSAGE_BYTES_MAX = 64 << 20
 _MARGIN_S_MAX = 0.1

@@ -69,6 +69,7 @@ class SessionRequest(_message.Message):
     MATCH_FIELD_NUMBER: _builtins.int
     HBM_EVENTS_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
+    RELEASED_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """chosen by the client, unique among those outstanding, never 0"""
     @_builtins.property
@@ -93,6 +94,10 @@ class SessionRequest(_message.Message):
     def hbm_events(self) -> Global___HbmEvents: ...
     @_builtins.property
     def goodbye(self) -> Global___Goodbye: ...
+    @_builtins.property
+    def released(self) -> _containers.RepeatedCompositeFieldContainer[Global___Release]:
+        """at most 256, carried out before the request, in their order"""
+
     def __init__(
         self,
         *,
@@ -108,10 +113,11 @@ class SessionRequest(_message.Message):
         match: Global___Match | None = ...,
         hbm_events: Global___HbmEvents | None = ...,
         goodbye: Global___Goodbye | None = ...,
+        released: _abc.Iterable[Global___Release] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "acquire", b"acquire", "commit", b"commit", "goodbye", b"goodbye", "hbm_events", b"hbm_events", "hello", b"hello", "match", b"match", "open_namespace", b"open_namespace", "prefetch", b"prefetch", "release", b"release", "request", b"request", "reserve", b"reserve"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "acquire", b"acquire", "commit", b"commit", "goodbye", b"goodbye", "hbm_events", b"hbm_events", "hello", b"hello", "id", b"id", "match", b"match", "open_namespace", b"open_namespace", "prefetch", b"prefetch", "release", b"release", "request", b"request", "reserve", b"reserve"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "acquire", b"acquire", "commit", b"commit", "goodbye", b"goodbye", "hbm_events", b"hbm_events", "hello", b"hello", "id", b"id", "match", b"match", "open_namespace", b"open_namespace", "prefetch", b"prefetch", "release", b"release", "released", b"released", "request", b"request", "reserve", b"reserve"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["hello", "open_namespace", "acquire", "release", "reserve", "commit", "abort", "prefetch", "match", "hbm_events", "goodbye"]  # noqa: Y015
     _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
@@ -196,7 +202,7 @@ class Hello(_message.Message):
     SETTLED_FIELD_NUMBER: _builtins.int
     ENGINE_ID_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
-    """1; another is refused with FAILED_PRECONDITION"""
+    """2; another is refused with FAILED_PRECONDITION"""
     client_id: _builtins.str
     """random, the same over reconnections of one process"""
     pid: _builtins.int

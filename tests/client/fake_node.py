@@ -39,7 +39,8 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         self.slots: dict[bytes, int] = {}
         self.checksums: dict[bytes, int] = {}
         self.pinned: dict[int, int] = {}
-        self.requests: list[Request] = []
+        self.requests: list[Request] = []  # each release as one of its own
+        self.messages = 0
         self.answer: Callable[[Request], list[Response] | None] = lambda request: None
         self.hang_up = asyncio.Event()
         self._arrived = asyncio.Event()
@@ -107,12 +108,17 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             if request is grpc.aio.EOF:
                 hanging.cancel()
                 return
-            self.requests.append(request)
-            self._arrived.set()
-            responses = self.answer(request)
-            for response in self.own_answer(request) if responses is None else responses:
-                response.id = response.id or request.id
-                await context.write(response)
+            self.messages += 1
+            for one in (*(Request(release=release) for release in request.released), request):
+                await self._answer(one, context)
+
+    async def _answer(self, request: Request, context: Any) -> None:
+        self.requests.append(request)
+        self._arrived.set()
+        responses = self.answer(request)
+        for response in self.own_answer(request) if responses is None else responses:
+            response.id = response.id or request.id
+            await context.write(response)
 
     async def Stats(self, request: node_pb2.StatsRequest, context: Any) -> node_pb2.StatsResponse:
         return node_pb2.StatsResponse(node_id="fake", instance=self.instance)

@@ -304,6 +304,25 @@ async def test_a_cancelled_read_releases(ns: Namespace, node: FakeNode) -> None:
     await node.wait_for("release")
 
 
+@pytest.mark.parametrize("leases", [1, 3, 300])
+async def test_releases_go_with_the_next_request(
+    ns: Namespace, node: FakeNode, stored: npt.NDArray[np.uint8], leases: int
+) -> None:
+    held = [await ns.acquire(KEYS) for _ in range(leases)]
+    for lease in held:
+        assert await lease.wait() == len(KEYS)
+    before = node.messages
+    for lease in held:
+        lease.release()
+    later = await ns.acquire(KEYS)
+    assert await later.wait() == len(KEYS)
+    assert node.messages - before == -(-leases // 256)
+    kinds, ids = node.kinds()[-leases - 1 :], [r.release.acquire_id for r in node.requests]
+    assert kinds == ["release"] * leases + ["acquire"]
+    assert ids[-leases - 1 : -1] == [lease.id for lease in held]
+    later.release()
+
+
 async def test_release_works_from_another_thread(
     ns: Namespace, node: FakeNode, stored: npt.NDArray[np.uint8]
 ) -> None:

@@ -53,7 +53,7 @@ async def test_a_socket_of_another_user_is_a_clear_error() -> None:
 
 async def test_hello_names_the_process(client: AsyncClient, node: FakeNode) -> None:
     hello = node.last("hello")
-    assert hello.protocol_version == 1
+    assert hello.protocol_version == 2
     assert hello.pid > 1
     assert hello.pid_namespace > 0
     assert hello.process_start_ticks > 0
@@ -64,8 +64,8 @@ async def test_hello_names_the_process(client: AsyncClient, node: FakeNode) -> N
 
 
 async def test_a_node_of_another_version_is_a_clear_error(node: FakeNode) -> None:
-    node.refuse("hello", 9, "this node speaks protocol version 2")
-    with pytest.raises(PreconditionError, match="version 2"):
+    node.refuse("hello", 9, "this node speaks protocol version 9")
+    with pytest.raises(PreconditionError, match="version 9"):
         await AsyncClient.connect(node.address)
 
 

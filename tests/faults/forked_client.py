@@ -57,7 +57,7 @@ class Session:
         )
         own = this_process()
         hello = node_pb2.Hello(
-            protocol_version=1,
+            protocol_version=2,
             client_id=os.urandom(8).hex(),
             pid=own.pid,
             pid_namespace=own.pid_namespace,

@@ -287,7 +287,7 @@ def hello_message(**fields: Any) -> node_pb2.Hello:
     """Hello of this process."""
     pid = os.getpid()
     defaults: dict[str, Any] = {
-        "protocol_version": 1,
+        "protocol_version": 2,
         "client_id": os.urandom(8).hex(),
         "pid": pid,
         "pid_namespace": own_pid_namespace(),

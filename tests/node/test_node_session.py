@@ -64,6 +64,37 @@ async def test_a_miss_has_a_reason(node: LocalNode) -> None:
     assert matched.tiers == bytes([Tier.DRAM] * 5)
 
 
+async def test_a_request_carries_releases_which_come_first(node: LocalNode) -> None:
+    session = await RawSession.open(node.address)
+    keys = keys_of(3)
+    await session.put(keys)
+    acquire = node_pb2.Acquire(namespace_id=session.namespace, keys=b"".join(keys))
+    first, second = [await session.send(acquire=acquire) for _ in range(2)]
+    for lease in (first, second):
+        await session.receive(lease)
+    released = [node_pb2.Release(acquire_id=lease) for lease in (first, second, 12345)]
+    third = await session.send(acquire=acquire, released=released)
+    await session.receive(third)
+    core = node.node.core
+    assert core.pinned_blocks() == 3
+    assert core.counters["releases_of_nothing"] == 1
+    last = node_pb2.Release(acquire_id=third)
+    await session.send(release=node_pb2.Release(acquire_id=54321), released=[last])
+    await until(lambda: core.counters["releases_of_nothing"] == 2)
+    assert core.pinned_blocks() == 0
+
+
+async def test_I7_releases_in_one_request_are_bounded(node: LocalNode) -> None:
+    session = await RawSession.open(node.address)
+    await session.put(keys_of(1))
+    match = node_pb2.Match(namespace_id=session.namespace, keys=b"".join(keys_of(1)))
+    many = [node_pb2.Release(acquire_id=i) for i in range(257)]
+    response = await session.call(match=match, released=many)
+    assert "257 releases" in response.error.message
+    assert (await session.call(match=match, released=many[1:])).matched.tiers == bytes([2])
+    assert node.node.core.counters["releases_of_nothing"] == 256
+
+
 async def test_I2_block_is_invisible_until_committed(node: LocalNode) -> None:
     one, two = await RawSession.open(node.address), await RawSession.open(node.address)
     keys = keys_of(4)
@@ -224,9 +255,9 @@ async def test_I11_bad_request_is_answered_and_the_session_goes_on(
     ("first", "status", "part"),
     [
         (
-            {"hello": hello_message(protocol_version=2)},
+            {"hello": hello_message(protocol_version=3)},
             grpc.StatusCode.FAILED_PRECONDITION,
-            "protocol version 2",
+            "protocol version 3",
         ),
         ({"match": node_pb2.Match()}, grpc.StatusCode.FAILED_PRECONDITION, "must be Hello"),
         ({"hello": hello_message(client_id="")}, grpc.StatusCode.INVALID_ARGUMENT, "client_id"),

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -26,7 +26,8 @@ from kvstore.node.node import Node
 
 log = logging.getLogger(__name__)
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+RELEASED_MAX = 256  # leases let go with one request: nobody else is served meanwhile
 OUTBOX_PAUSE = 1024  # answers that wait; more, and no further request is read
 OUTBOX_MAX = 65536  # answers that wait; more, and the stream is ended
 OUTBOX_PAUSE_BYTES = 4 << 20
@@ -187,6 +188,8 @@ class Session:
             try:
                 if not request.id:
                     raise InvalidArgumentError("a request's id is never 0")
+                if request.released:
+                    self._release_all(request.released)
                 outcome = handlers[kind](request.id, getattr(request, kind or "id"), driver.now())
                 if isinstance(outcome, Effects):
                     driver.apply(outcome)
@@ -225,6 +228,16 @@ class Session:
         return self._core.release(
             self._client.id, request.acquire_id, request.first, request.count, now
         )
+
+    def _release_all(self, released: Sequence[node_pb2.Release]) -> None:
+        """What a request carries."""
+        if (count := len(released)) > RELEASED_MAX:
+            raise InvalidArgumentError(
+                f"{count} releases with one request; send {RELEASED_MAX} at most"
+            )
+        now = self._node.driver.now()
+        for release in released:
+            self._node.driver.apply(self._release(0, release, now))
 
     def _reserve(self, request_id: int, request: node_pb2.Reserve, now: float) -> Effects:
         return self._core.reserve(
