@@ -1,16 +1,18 @@
 """The node's shared memory in this process: the pool, read and write, and the directory."""
 
+import contextlib
 import errno
 import logging
 import mmap
 import os
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 from kvstore.core.directory import DirectoryReader
 from kvstore.errors import PreconditionError
-from kvstore.shared_memory import MADV_POPULATE_WRITE, advise, map_shared
+from kvstore.shared_memory import MADV_POPULATE_WRITE, SharedMap, advise
 from kvstore_proto import node_pb2
 
 log = logging.getLogger(__name__)
@@ -20,7 +22,9 @@ Bytes = npt.NDArray[np.uint8]
 _POPULATE_STEP_BYTES = 32 << 20
 
 
-def _map(path: str, nbytes: int, *, write: bool) -> mmap.mmap:
+@contextlib.contextmanager
+def _opened(path: str, nbytes: int, *, write: bool) -> Iterator[int]:
+    """A descriptor of a file of at least ``nbytes``."""
     try:
         fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
     except OSError as error:
@@ -31,7 +35,7 @@ def _map(path: str, nbytes: int, *, write: bool) -> mmap.mmap:
     try:
         if not 0 < nbytes <= os.fstat(fd).st_size:
             raise PreconditionError(f"{path} is not of the {nbytes} bytes that the node announced")
-        return map_shared(fd, nbytes) if write else mmap.mmap(fd, nbytes, prot=mmap.PROT_READ)
+        yield fd
     finally:
         os.close(fd)
 
@@ -44,10 +48,12 @@ class Mapping:
     """
 
     def __init__(self, welcome: node_pb2.Welcome, *, populate: bool = True) -> None:
-        self._mmap = _map(welcome.pool_path, welcome.pool_bytes, write=True)
+        with _opened(welcome.pool_path, welcome.pool_bytes, write=True) as file:
+            self._map = SharedMap(file, welcome.pool_bytes)
         self.instance: int = welcome.instance
-        self.pool: Bytes = np.frombuffer(self._mmap, dtype=np.uint8)
-        directory = _map(welcome.directory_path, welcome.directory_bytes, write=False)
+        self.pool: Bytes = np.frombuffer(self._map.memory, dtype=np.uint8)
+        with _opened(welcome.directory_path, welcome.directory_bytes, write=False) as file:
+            directory = mmap.mmap(file, welcome.directory_bytes, prot=mmap.PROT_READ)
         self.directory = DirectoryReader(memoryview(directory))
         if self.directory.instance != welcome.instance:
             raise PreconditionError("the directory belongs to another instance of the node")
@@ -63,7 +69,7 @@ class Mapping:
 
         In steps, as each holds the lock of the address space.
         """
-        base = self.pool.ctypes.data
+        base = self._map.address
         for at in range(0, len(self.pool), _POPULATE_STEP_BYTES):
             step = min(_POPULATE_STEP_BYTES, len(self.pool) - at)
             if self._stop.is_set():

@@ -1,31 +1,64 @@
 """Mapping memory that processes share, in pages as large as the system gives."""
 
+import contextlib
 import ctypes
 import errno
 import mmap
+import os
 
 MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module of Python 3.11 has no name for it
 MADV_COLLAPSE = 25  # Linux 6.1; unlike MADV_HUGEPAGE it needs no huge= of the tmpfs
 HUGE_PAGE_BYTES = 2 << 20
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 # Through ctypes, as that lets other threads run meanwhile.
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_libc.mmap.restype = ctypes.c_void_p
 
 
-def map_shared(descriptor: int, size_bytes: int) -> mmap.mmap:
-    """The file, to read and write, at an address that huge pages need, if luck has it.
+class SharedMap:
+    """A file mapped to read and write, at an address that huge pages need.
 
-    The kernel maps below what it has mapped last, so something of the right length goes before.
+    ``memory`` is its bytes, at ``address``. They stay mapped for as long as anything refers to
+    them.
     """
-    memory = mmap.mmap(descriptor, size_bytes)
-    beyond = address_of(memory) % HUGE_PAGE_BYTES
-    if not beyond or size_bytes < HUGE_PAGE_BYTES:
-        return memory
-    memory.close()
-    before = beyond - size_bytes % HUGE_PAGE_BYTES + size_bytes
-    with mmap.mmap(-1, before, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ):
-        return mmap.mmap(descriptor, size_bytes)
+
+    def __init__(self, descriptor: int, size_bytes: int) -> None:
+        """Maps the first ``size_bytes`` of the file; OSError where the system refuses."""
+        # The file goes over a part of some empty room, which is what Python keeps and unmaps.
+        self._room = mmap.mmap(
+            -1, size_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE
+        )
+        base = address_of(self._room)
+        first = -base % HUGE_PAGE_BYTES
+        self.address = base + first
+        flags, prot = mmap.MAP_SHARED | _MAP_FIXED, mmap.PROT_READ | mmap.PROT_WRITE
+        if _libc.mmap(self.address, size_bytes, prot, flags, descriptor, 0) == _MAP_FAILED:
+            code = ctypes.get_errno()
+            self._room.close()
+            raise OSError(code, os.strerror(code))
+        self.memory = memoryview(self._room)[first : first + size_bytes]
+
+    def __len__(self) -> int:
+        """Bytes."""
+        return len(self.memory)
+
+    def close(self) -> None:
+        """Unmaps it now, unless something refers to its bytes."""
+        with contextlib.suppress(BufferError):
+            self.memory.release()
+            self._room.close()
 
 
 def address_of(memory: mmap.mmap) -> int:

@@ -106,7 +106,7 @@ class DiskNode:
         indices, sums = [], b""
         for index, place in _places(reserved.runs):
             data = content(self.ledger.seed, "default", keys[index], version, BLOCK_BYTES)
-            self.node.pool.map[place : place + BLOCK_BYTES] = data
+            self.node.pool.map.memory[place : place + BLOCK_BYTES] = data
             sums += xxhash.xxh3_64_intdigest(data).to_bytes(8, "little")
             indices.append(index)
         outcome = bytearray(reserved.statuses)
@@ -133,7 +133,7 @@ class DiskNode:
         while not isinstance(body := await self._answer(number), End):
             assert isinstance(body, Granted)
             for _, place in _places(body.runs):
-                blocks.append(self.node.pool.map[place : place + BLOCK_BYTES])
+                blocks.append(bytes(self.node.pool.map.memory[place : place + BLOCK_BYTES]))
         for key, data in zip(keys, blocks, strict=False):
             self.ledger.read(key, data)
         self.driver.apply(self.core.release(SESSION, number, 0, 0, self.driver.now()))

@@ -53,7 +53,7 @@ class Rig:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.pool = SharedFile(folder / f"pool-{os.urandom(4).hex()}", POOL)
-        self.memory = memoryview(self.pool.map)
+        self.memory = self.pool.map.memory
         self.reports = Reports()
         self.index = SsdIndex(folder, CAPACITY // PAGE, "node-1")
         self.file = SsdFile(folder, CAPACITY)

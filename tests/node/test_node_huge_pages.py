@@ -15,7 +15,7 @@ from kvstore.node import huge_pages, pool
 from kvstore.node.huge_pages import FAILURES_IN_A_ROW, HugePages
 from kvstore.node.metrics import node_registry
 from kvstore.node.pool import SharedFile
-from kvstore.shared_memory import HUGE_PAGE_BYTES, MADV_COLLAPSE, address_of, advise
+from kvstore.shared_memory import HUGE_PAGE_BYTES, MADV_COLLAPSE, advise
 
 from tests.node.rig import LocalNode
 
@@ -80,9 +80,9 @@ def test_all_of_it_is_noted_as_small(small_pool: SharedFile) -> None:
 
 
 def test_bytes_stay_while_others_write_them(small_pool: SharedFile) -> None:
-    if advise(address_of(small_pool.map), HUGE_PAGE_BYTES, MADV_COLLAPSE) == errno.EINVAL:
+    if advise(small_pool.map.address, HUGE_PAGE_BYTES, MADV_COLLAPSE) == errno.EINVAL:
         pytest.skip("this kernel makes no huge pages of shared memory")
-    memory, chance = memoryview(small_pool.map), random.Random(7)
+    memory, chance = small_pool.map.memory, random.Random(7)
     kept = chance.randbytes(len(memory) // 2)
     memory[: len(kept)] = kept
     ended, rounds = threading.Event(), 0
@@ -105,7 +105,6 @@ def test_bytes_stay_while_others_write_them(small_pool: SharedFile) -> None:
     assert memory[: len(kept)] == kept
     assert set(memory[len(kept) :]) == {rounds % 256}
     assert small_pool.path.read_bytes() == memory
-    memory.release()
 
 
 def test_what_is_pinned_is_asked_for_again(
@@ -114,7 +113,7 @@ def test_what_is_pinned_is_asked_for_again(
     kernel = Kernel(lambda number: errno.EAGAIN if number in (3, 5, PAGES) else 0)
     monkeypatch.setattr(huge_pages, "advise", kernel)
     assert run_until_ended(small_pool).small_bytes == 0
-    start = address_of(small_pool.map)
+    start = small_pool.map.address
     pages = [(address - start) // HUGE_PAGE_BYTES for address in kernel.asked]
     assert pages == [*range(PAGES), 3, 5, 3]
 

@@ -10,6 +10,7 @@ from kvstore.errors import ConfigError
 from kvstore.node import pool
 from kvstore.node.dir_lock import DirectoryLock
 from kvstore.node.pool import SharedFile, remove_dead_siblings, remove_stale_files
+from kvstore.shared_memory import HUGE_PAGE_BYTES, SharedMap
 
 
 def test_shared_file_is_private_whole_and_zero(tmp_path: Path) -> None:
@@ -18,10 +19,30 @@ def test_shared_file_is_private_whole_and_zero(tmp_path: Path) -> None:
     stat = file.path.stat()
     assert stat.st_mode & 0o777 == 0o600
     assert stat.st_blocks * 512 >= 1 << 20
-    assert file.map[:] == bytes(1 << 20)
+    assert file.map.memory == bytes(1 << 20)
     file.close()
     assert not file.path.exists()
     file.close()
+
+
+@pytest.mark.parametrize("size", [mmap.PAGESIZE, HUGE_PAGE_BYTES, (6 << 20) + mmap.PAGESIZE])
+def test_memory_is_where_huge_pages_can_be(tmp_path: Path, size: int) -> None:
+    with open(tmp_path / "x", "w+b") as file:
+        file.truncate(size)
+        maps = [SharedMap(file.fileno(), size) for _ in range(4)]
+    assert all(shared.address % HUGE_PAGE_BYTES == 0 and len(shared) == size for shared in maps)
+    maps[0].memory[-1] = 7
+    assert maps[3].memory[-1] == 7
+    kept = maps[3].memory[-1:]
+    for shared in maps:
+        shared.close()
+        shared.close()
+    assert kept[0] == 7
+
+
+def test_what_cannot_be_mapped_is_an_error() -> None:
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        SharedMap(-1, mmap.PAGESIZE)
 
 
 def test_shared_file_falls_back_where_the_kernel_cannot_populate(
@@ -45,8 +66,8 @@ def test_every_page_is_taken_whatever_their_size(
         file = SharedFile(Path(folder) / "pool-1", size)
         file.wait_taken()
         assert file.path.stat().st_blocks * 512 >= size
-        assert file.map[:] == bytes(size)
-        file.map[-1] = 7
+        assert file.map.memory == bytes(size)
+        file.map.memory[-1] = 7
         assert file.path.read_bytes()[-1] == 7
         file.close()
 
@@ -57,7 +78,7 @@ def test_no_room_is_found_before_and_while_allocating(
     with pytest.raises(ConfigError, match="--dram"):
         SharedFile(tmp_path / "pool-1", 1 << 60)
 
-    def full(_memory: mmap.mmap, _size: int) -> bool:
+    def full(_start: int, _size: int) -> bool:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pool, "_populate", full)

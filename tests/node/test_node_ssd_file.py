@@ -19,7 +19,7 @@ POOL = 2 << 20
 def test_short_reads_and_writes_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = SsdFile(tmp_path, CAPACITY)
     pool = SharedFile(tmp_path / "pool-x", 16 * PAGE)
-    memory = memoryview(pool.map)
+    memory = pool.map.memory
     memory[: 4 * PAGE] = data = os.urandom(4 * PAGE)
     halves = [memory[: 2 * PAGE], memory[2 * PAGE : 4 * PAGE]]
     real_write, real_read = os.pwritev, os.preadv

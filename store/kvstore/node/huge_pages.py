@@ -8,7 +8,7 @@ from collections import deque
 
 from kvstore.config import readable_size
 from kvstore.node.pool import SharedFile
-from kvstore.shared_memory import HUGE_PAGE_BYTES, MADV_COLLAPSE, address_of, advise
+from kvstore.shared_memory import HUGE_PAGE_BYTES, MADV_COLLAPSE, advise
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class HugePages:
 
     def __init__(self, pool: SharedFile) -> None:
         """``pool`` is taken, and is closed after this."""
-        self._address = address_of(pool.map)
+        self._address = pool.map.address
         self._small = deque(pool.small)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pool-huge-pages", daemon=True)

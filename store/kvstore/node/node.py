@@ -109,7 +109,7 @@ class Node:
             self.huge_pages = HugePages(self.pool)
             resources.callback(self.huge_pages.close)
             if ssd is not None:
-                memory = memoryview(self.pool.map)
+                memory = self.pool.map.memory
                 try:
                     ssd[0].probe(memory)
                 except OSError as error:
@@ -142,7 +142,7 @@ class Node:
         self.pool = SharedFile(folder / f"pool-{name}", pool_bytes)
         resources.callback(self.pool.close)
         self.directory = DirectoryWriter(
-            memoryview(self.directory_file.map),
+            self.directory_file.map.memory,
             entries=entries,
             pool_bytes=pool_bytes,
             instance=self.instance,

@@ -16,9 +16,8 @@ from kvstore.shared_memory import (
     HUGE_PAGE_BYTES,
     MADV_COLLAPSE,
     MADV_POPULATE_WRITE,
-    address_of,
+    SharedMap,
     advise,
-    map_shared,
 )
 
 # Mostly they take 0.1 to 0.25, 2 where memory is fragmented; what is left then is huge_pages.py's.
@@ -83,13 +82,12 @@ class SharedFile:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.ftruncate(self._descriptor, size_bytes)
-            self.map = map_shared(self._descriptor, size_bytes)
+            self.map = SharedMap(self._descriptor, size_bytes)
         except OSError as error:
             os.close(self._descriptor)
             path.unlink()
             raise self._no_room(error) from None
-        with contextlib.suppress(OSError):
-            self.map.madvise(mmap.MADV_HUGEPAGE)
+        advise(self.map.address, size_bytes, mmap.MADV_HUGEPAGE)  # where it may not be, it is not
         self.small: list[int] = []  # once taken, where 2 MiB that could be a huge page are not
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="pool-take")
         self._taken = self._threads.submit(self._take)
@@ -104,7 +102,7 @@ class SharedFile:
 
     def _take(self) -> None:
         try:
-            small = _populate(self.map, self.size_bytes)
+            small = _populate(self.map.address, self.size_bytes)
             if small is None:
                 os.posix_fallocate(self._descriptor, 0, self.size_bytes)
             else:
@@ -121,8 +119,7 @@ class SharedFile:
         """Removes the name at once; the memory goes when the last mapping does."""
         wait([self._taken])
         self.path.unlink(missing_ok=True)
-        with contextlib.suppress(BufferError):
-            self.map.close()
+        self.map.close()
 
 
 def check_room(folder: Path, size_bytes: int) -> None:
@@ -135,14 +132,13 @@ def check_room(folder: Path, size_bytes: int) -> None:
         )
 
 
-def _populate(memory: mmap.mmap, size_bytes: int) -> list[int] | None:
+def _populate(start: int, size_bytes: int) -> list[int] | None:
     """Takes every page now, with several threads; None where the kernel cannot.
 
     As huge pages where it can in good time: the device moves one as one piece, which a request
     for 4,096 bytes at a time cannot, and neither side looks up so many addresses. Returns where
     that was not to be.
     """
-    start = address_of(memory)
     huge_until = time.monotonic() + HUGE_PAGES_S_PER_GIB * size_bytes / (1 << 30)
     small: list[int] = []
 
