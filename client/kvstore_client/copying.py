@@ -9,7 +9,7 @@ import xxhash
 from kvstore.core.spec import SLOT_ALIGN_BYTES
 from kvstore.errors import InvalidArgumentError
 
-from kvstore_client.streaming import STREAM_BYTES_MIN, Bytes, copy
+from kvstore_client.streaming import STREAM_BYTES_MIN, Bytes, copier, copy
 
 Offsets = npt.NDArray[np.int64]
 
@@ -107,13 +107,13 @@ def scatter_one(slot: Bytes, data: Bytes) -> int:
         copy(slot, data)
         digest: int = xxhash.xxh3_64_intdigest(data.data)
         return digest
-    hasher = xxhash.xxh3_64()
+    hasher, view = xxhash.xxh3_64(), data.data
+    copy_part = copier(slot, data)
     # Between memoryviews a copy starts sooner, 2 % of the whole, but keeps the interpreter: threads
     # that compute would wait for one that only copies, and that may have lost its core.
     for at in range(0, len(data), CHUNK_BYTES):
-        piece = data[at : at + CHUNK_BYTES]
-        copy(slot[at : at + CHUNK_BYTES], piece)
-        hasher.update(piece.data)
+        copy_part(at, at + CHUNK_BYTES)
+        hasher.update(view[at : at + CHUNK_BYTES])
     whole: int = hasher.intdigest()
     return whole
 
@@ -134,11 +134,15 @@ def scatter(pool: Bytes, offsets: Offsets, nbytes: int, data: Bytes) -> list[int
     view = data.data
     digest = xxhash.xxh3_64_intdigest
     for first, end in spans(offsets, nbytes):
-        base = int(offsets[first]) - first * nbytes
-        for block in range(first, end, per_chunk):
-            low, high = block * nbytes, min(end, block + per_chunk) * nbytes
-            copy(pool[base + low : base + high], data[low:high])
-            digests += [digest(view[at : at + nbytes]) for at in range(low, high, nbytes)]
+        start, base = int(offsets[first]), first * nbytes
+        size = (end - first) * nbytes
+        copy_part = copier(pool[start : start + size], data[base : base + size])
+        for low in range(0, size, per_chunk * nbytes):
+            high = min(size, low + per_chunk * nbytes)
+            copy_part(low, high)
+            digests += [
+                digest(view[at : at + nbytes]) for at in range(base + low, base + high, nbytes)
+            ]
     return digests
 
 

@@ -35,7 +35,10 @@ def _opened(path: str, nbytes: int, *, write: bool) -> Iterator[int]:
     try:
         if not 0 < nbytes <= os.fstat(fd).st_size:
             raise PreconditionError(f"{path} is not of the {nbytes} bytes that the node announced")
-        yield fd
+        try:
+            yield fd
+        except OSError as error:
+            raise PreconditionError(f"cannot map {path}: {error.strerror}") from None
     finally:
         os.close(fd)
 

@@ -202,6 +202,7 @@ class Session:
         ):
             before.append(request.release)
             request = self._outgoing.popleft()
+        del request.released[:]  # of a request that was sent before
         request.released.extend(before)
         return request
 

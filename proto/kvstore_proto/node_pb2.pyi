@@ -96,7 +96,9 @@ class SessionRequest(_message.Message):
     def goodbye(self) -> Global___Goodbye: ...
     @_builtins.property
     def released(self) -> _containers.RepeatedCompositeFieldContainer[Global___Release]:
-        """at most 256, carried out before the request, in their order"""
+        """Carried out before the request, in their order; with Hello and Goodbye, not at all. Of more
+        than 256 none is, and the request is refused.
+        """
 
     def __init__(
         self,

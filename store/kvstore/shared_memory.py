@@ -28,7 +28,7 @@ _libc.mmap.restype = ctypes.c_void_p
 
 
 class SharedMap:
-    """A file mapped to read and write, at an address that huge pages need.
+    """A file mapped to read and write, at an address that huge pages need unless limits forbid.
 
     ``memory`` is its bytes, at ``address``. They stay mapped for as long as anything refers to
     them.
@@ -36,29 +36,32 @@ class SharedMap:
 
     def __init__(self, descriptor: int, size_bytes: int) -> None:
         """Maps the first ``size_bytes`` of the file; OSError where the system refuses."""
+        try:
+            self._map_aligned(descriptor, size_bytes)
+        except OSError:  # limits on private memory may be in the way, which this is for a moment
+            self._owner = mmap.mmap(descriptor, size_bytes)
+            self.address = address_of(self._owner)
+            self.memory = memoryview(self._owner)
+
+    def _map_aligned(self, descriptor: int, size_bytes: int) -> None:
         # The file goes over a part of some empty room, which is what Python keeps and unmaps.
-        self._room = mmap.mmap(
-            -1, size_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE
-        )
-        base = address_of(self._room)
+        flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+        self._owner = mmap.mmap(-1, size_bytes + HUGE_PAGE_BYTES, flags=flags)
+        base = address_of(self._owner)
         first = -base % HUGE_PAGE_BYTES
         self.address = base + first
         flags, prot = mmap.MAP_SHARED | _MAP_FIXED, mmap.PROT_READ | mmap.PROT_WRITE
         if _libc.mmap(self.address, size_bytes, prot, flags, descriptor, 0) == _MAP_FAILED:
             code = ctypes.get_errno()
-            self._room.close()
+            self._owner.close()
             raise OSError(code, os.strerror(code))
-        self.memory = memoryview(self._room)[first : first + size_bytes]
-
-    def __len__(self) -> int:
-        """Bytes."""
-        return len(self.memory)
+        self.memory = memoryview(self._owner)[first : first + size_bytes]
 
     def close(self) -> None:
         """Unmaps it now, unless something refers to its bytes."""
         with contextlib.suppress(BufferError):
             self.memory.release()
-            self._room.close()
+            self._owner.close()
 
 
 def address_of(memory: mmap.mmap) -> int:

@@ -67,6 +67,20 @@ def test_a_copy_changes_its_target_and_nothing_else(
 
 
 @pytest.mark.usefixtures("either_copy")
+@pytest.mark.parametrize("piece", [1000, streaming.STREAM_BYTES_MIN, SOME_BYTES])
+def test_a_copier_copies_the_parts_it_is_told(piece: int) -> None:
+    source = np.random.default_rng(piece).integers(1, 256, SOME_BYTES, dtype=np.uint8)
+    target = np.zeros(SOME_BYTES + 2, dtype=np.uint8)
+    part = streaming.copier(target[1:-1], source)
+    middle = SOME_BYTES // 3
+    part(middle, middle + piece)
+    end = min(middle + piece, SOME_BYTES)
+    assert np.array_equal(target[1 + middle : 1 + end], source[middle:end])
+    assert not target[: 1 + middle].any()
+    assert not target[1 + end :].any()
+
+
+@pytest.mark.usefixtures("either_copy")
 def test_a_wrong_copy_is_refused() -> None:
     target, source = np.zeros(SOME_BYTES, np.uint8), np.ones(SOME_BYTES, np.uint8)
     with pytest.raises(ValueError, match="bytes into"):

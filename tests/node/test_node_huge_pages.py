@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from kvstore.node import huge_pages, pool
-from kvstore.node.huge_pages import FAILURES_IN_A_ROW, HugePages
+from kvstore.node.huge_pages import HugePages
 from kvstore.node.metrics import node_registry
 from kvstore.node.pool import SharedFile
-from kvstore.shared_memory import HUGE_PAGE_BYTES, MADV_COLLAPSE, advise
+from kvstore.shared_memory import HUGE_PAGE_BYTES, MADV_COLLAPSE, SharedMap, advise
 
 from tests.node.rig import LocalNode
 
@@ -79,11 +79,13 @@ def test_all_of_it_is_noted_as_small(small_pool: SharedFile) -> None:
     assert HugePages(small_pool).small_bytes == PAGES * HUGE_PAGE_BYTES
 
 
-def test_bytes_stay_while_others_write_them(small_pool: SharedFile) -> None:
+def test_bytes_stay_while_another_mapping_writes_them(small_pool: SharedFile) -> None:
     if advise(small_pool.map.address, HUGE_PAGE_BYTES, MADV_COLLAPSE) == errno.EINVAL:
         pytest.skip("this kernel makes no huge pages of shared memory")
-    memory, chance = small_pool.map.memory, random.Random(7)
-    kept = chance.randbytes(len(memory) // 2)
+    with open(small_pool.path, "r+b") as file:
+        clients = SharedMap(file.fileno(), small_pool.size_bytes)
+    memory = clients.memory
+    kept = random.Random(7).randbytes(len(memory) // 2)
     memory[: len(kept)] = kept
     ended, rounds = threading.Event(), 0
 
@@ -92,7 +94,6 @@ def test_bytes_stay_while_others_write_them(small_pool: SharedFile) -> None:
         while not ended.is_set() or not rounds:
             rounds += 1
             memory[len(kept) :] = bytes([rounds % 256]) * (len(memory) - len(kept))
-            assert memory[len(kept)] == memory[-1] == rounds % 256
 
     writer = threading.Thread(target=write)
     writer.start()
@@ -102,9 +103,11 @@ def test_bytes_stay_while_others_write_them(small_pool: SharedFile) -> None:
     ended.set()
     writer.join()
     huge.close()
+    assert huge.small_bytes < PAGES * HUGE_PAGE_BYTES
+    assert small_pool.map.memory == memory
     assert memory[: len(kept)] == kept
     assert set(memory[len(kept) :]) == {rounds % 256}
-    assert small_pool.path.read_bytes() == memory
+    clients.close()
 
 
 def test_what_is_pinned_is_asked_for_again(
@@ -118,16 +121,19 @@ def test_what_is_pinned_is_asked_for_again(
     assert pages == [*range(PAGES), 3, 5, 3]
 
 
+@pytest.mark.parametrize(
+    ("code", "asked"), [(errno.ENOMEM, 16), (errno.EBUSY, 16), (errno.EAGAIN, PAGES)]
+)
 def test_a_pass_ends_where_no_memory_is_found_and_others_come_later(
-    small_pool: SharedFile, monkeypatch: pytest.MonkeyPatch
+    code: int, asked: int, small_pool: SharedFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huge_pages, "PASS_EVERY_S", 5.0)
-    none_in_passes = 9
-    kernel = Kernel(lambda n: errno.ENOMEM if n < none_in_passes * FAILURES_IN_A_ROW else 0)
+    passes = 9
+    kernel = Kernel(lambda number: code if number < passes * asked else 0)
     monkeypatch.setattr(huge_pages, "advise", kernel)
     pauses = Pauses()
     assert run_until_ended(small_pool, pauses).small_bytes == 0
-    assert len(kernel.asked) == none_in_passes * FAILURES_IN_A_ROW + PAGES
+    assert len(kernel.asked) == passes * asked + PAGES
     between_passes = [pause for pause in pauses.asked_s if pause >= 5.0]
     assert between_passes == [10, 20, 40, 80, 160, 320, 600, 600, 600]
 
@@ -142,9 +148,23 @@ def test_a_kernel_that_makes_none_is_asked_no_more(
     caplog.set_level(logging.INFO)
     kernel = Kernel(lambda _: code)
     monkeypatch.setattr(huge_pages, "advise", kernel)
-    assert run_until_ended(small_pool).small_bytes == PAGES * HUGE_PAGE_BYTES
+    assert run_until_ended(small_pool).small_bytes == 0  # nothing is to become huge any more
     assert len(kernel.asked) == PAGES
     assert errno.errorcode[code] in caplog.text
+
+
+def test_one_refusal_says_nothing_of_the_others(
+    small_pool: SharedFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(number: int) -> int:
+        if number >= PAGES:
+            return 0
+        return errno.EINVAL if number == PAGES - 1 else errno.EAGAIN
+
+    kernel = Kernel(answer)
+    monkeypatch.setattr(huge_pages, "advise", kernel)
+    assert run_until_ended(small_pool).small_bytes == 0
+    assert len(kernel.asked) == 2 * PAGES
 
 
 def test_it_ends_in_the_middle_of_a_pass(

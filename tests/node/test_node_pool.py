@@ -30,7 +30,9 @@ def test_memory_is_where_huge_pages_can_be(tmp_path: Path, size: int) -> None:
     with open(tmp_path / "x", "w+b") as file:
         file.truncate(size)
         maps = [SharedMap(file.fileno(), size) for _ in range(4)]
-    assert all(shared.address % HUGE_PAGE_BYTES == 0 and len(shared) == size for shared in maps)
+    assert all(
+        shared.address % HUGE_PAGE_BYTES == 0 and len(shared.memory) == size for shared in maps
+    )
     maps[0].memory[-1] = 7
     assert maps[3].memory[-1] == 7
     kept = maps[3].memory[-1:]
@@ -40,9 +42,24 @@ def test_memory_is_where_huge_pages_can_be(tmp_path: Path, size: int) -> None:
     assert kept[0] == 7
 
 
-def test_what_cannot_be_mapped_is_an_error() -> None:
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        SharedMap(-1, mmap.PAGESIZE)
+def test_memory_is_somewhere_else_if_need_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_map: SharedMap, _descriptor: int, _size: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(SharedMap, "_map_aligned", refuse)
+    file = SharedFile(tmp_path / "pool-1", 1 << 20)
+    file.wait_taken()
+    file.map.memory[-1] = 7
+    assert file.path.read_bytes()[-2:] == bytes([0, 7])
+    file.close()
+
+
+def test_what_cannot_be_mapped_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(mmap.PAGESIZE))
+    with open(tmp_path / "x", "rb") as file, pytest.raises(OSError, match="denied"):
+        SharedMap(file.fileno(), mmap.PAGESIZE)
 
 
 def test_shared_file_falls_back_where_the_kernel_cannot_populate(

@@ -16,7 +16,10 @@ START_AFTER_S = 1.0
 SHARE = 0.25  # of its time at most a thread of the node is at this
 PASS_EVERY_S = 5.0  # at first; each pass without any success doubles it
 PASS_EVERY_MAX_S = 600.0
-FAILURES_IN_A_ROW = 16  # without memory for one: the pass ends, as looking for some costs others
+FAILURES_IN_A_ROW = 256  # then the pass ends; the next one begins with others
+WITHOUT_MEMORY = frozenset({errno.ENOMEM, errno.EBUSY})  # of the host, or of the control group
+WITHOUT_MEMORY_COUNTS = 16  # failures, as looking for some takes it from others
+NEVER = frozenset({errno.EINVAL, errno.ENOSYS})
 
 
 class HugePages:
@@ -35,7 +38,7 @@ class HugePages:
 
     @property
     def small_bytes(self) -> int:
-        """How much of the pool could be huge pages and is not."""
+        """What the start got in small pages and is still to become huge ones."""
         return len(self._small) * HUGE_PAGE_BYTES
 
     def start(self) -> None:
@@ -53,7 +56,7 @@ class HugePages:
         pause_s, every_s = START_AFTER_S, PASS_EVERY_S
         while self._small and not self._stop.wait(pause_s):
             before = self.small_bytes
-            code = self._pass()
+            failures = self._pass()
             gained = before - self.small_bytes
             if gained:
                 log.info(
@@ -61,15 +64,16 @@ class HugePages:
                     readable_size(gained),
                     readable_size(self.small_bytes),
                 )
-            elif code in (errno.EINVAL, errno.ENOSYS):
-                log.info("no more of the pool in huge pages: %s", errno.errorcode[code])
-                return
+            elif failures and failures <= NEVER:
+                log.info("the system makes no huge pages of the pool: %s", _names(failures))
+                self._small.clear()
             every_s = PASS_EVERY_S if gained else min(2 * every_s, PASS_EVERY_MAX_S)
             pause_s = every_s
 
-    def _pass(self) -> int:
-        """Asks once for each; the last errno, or 0."""
-        last = in_a_row = 0
+    def _pass(self) -> set[int]:
+        """Asks once for each, or until too many fail in a row; why some failed."""
+        failures: set[int] = set()
+        in_a_row = 0
         for _ in range(len(self._small)):
             page = self._small.popleft()
             started = time.monotonic()
@@ -77,8 +81,14 @@ class HugePages:
             took_s = time.monotonic() - started
             if code:
                 self._small.append(page)
-                last = code
-            in_a_row = in_a_row + 1 if code == errno.ENOMEM else 0
-            if in_a_row == FAILURES_IN_A_ROW or self._stop.wait(took_s * (1 / SHARE - 1)):
+                failures.add(code)
+                in_a_row += WITHOUT_MEMORY_COUNTS if code in WITHOUT_MEMORY else 1
+            else:
+                in_a_row = 0
+            if in_a_row >= FAILURES_IN_A_ROW or self._stop.wait(took_s * (1 / SHARE - 1)):
                 break
-        return last
+        return failures
+
+
+def _names(codes: set[int]) -> str:
+    return ", ".join(sorted(errno.errorcode[code] for code in codes))

@@ -20,8 +20,10 @@ from kvstore.shared_memory import (
     advise,
 )
 
-# Mostly they take 0.1 to 0.25, 2 where memory is fragmented; what is left then is huge_pages.py's.
+# Mostly they take 0.1 to 0.25, 2 where memory is fragmented; what of the pool is left then is
+# for huge_pages.py.
 HUGE_PAGES_S_PER_GIB = 0.4
+HUGE_PAGES_S_MIN = 0.1
 POPULATE_STEP_BYTES = 64 << 20
 POPULATE_THREADS_MAX = 4
 FILE_NAMES = ("pool-*", "directory-*")
@@ -139,7 +141,8 @@ def _populate(start: int, size_bytes: int) -> list[int] | None:
     for 4,096 bytes at a time cannot, and neither side looks up so many addresses. Returns where
     that was not to be.
     """
-    huge_until = time.monotonic() + HUGE_PAGES_S_PER_GIB * size_bytes / (1 << 30)
+    patience_s = max(HUGE_PAGES_S_MIN, HUGE_PAGES_S_PER_GIB * size_bytes / (1 << 30))
+    huge_until = time.monotonic() + patience_s
     small: list[int] = []
 
     def step(offset: int) -> int:

@@ -237,7 +237,10 @@ class Session:
             )
         now = self._node.driver.now()
         for release in released:
-            self._node.driver.apply(self._release(0, release, now))
+            try:
+                self._node.driver.apply(self._release(0, release, now))
+            except Exception:  # a bug, of which the request and the other leases know nothing
+                log.exception("a release failed")
 
     def _reserve(self, request_id: int, request: node_pb2.Reserve, now: float) -> Effects:
         return self._core.reserve(
