@@ -128,7 +128,8 @@ def main() -> None:
     context = zmq.Context()
     send, receive = context.socket(zmq.PUSH), context.socket(zmq.PULL)
     send.connect(launch.outputs)
-    receive.connect(launch.requests)
+    if manner != "connects-late":
+        receive.connect(launch.requests)
     engine = FakeEngine(send)
     if manner.startswith("fail"):
         engine.say(EngineFailed("no such luck", usage=manner == "fail-usage"))
@@ -140,6 +141,9 @@ def main() -> None:
         time.sleep(60)
     send.send(b"\xc1 is no msgpack")
     engine.say(EngineReady(launch.engine.model, MAX_CONTEXT, 8, 64, VOCAB))
+    if manner == "connects-late":
+        time.sleep(0.5)
+        receive.connect(launch.requests)
     parent = os.getppid()
     while os.getppid() == parent:
         if receive.poll(0 if engine.running else 200):

@@ -127,7 +127,14 @@ async def test_retire_ends_what_is_open_in_the_engine_too() -> None:
 
 async def test_sockets_leave_no_names_once_both_ends_are_connected() -> None:
     async with fake_engine() as engine:
-        assert not engine._directory.exists()
+        await until(lambda: not engine._directory.exists())
+
+
+async def test_an_engine_may_be_ready_before_it_can_hear() -> None:
+    async with fake_engine("connects-late") as engine:
+        engine.reset_cache()
+        await until(lambda: counter(engine, "cache_resets") == 1)
+        await until(lambda: not engine._directory.exists())
 
 
 async def test_reset_cache_reaches_the_engine() -> None:

@@ -40,6 +40,7 @@ Sink = Callable[[RequestOutput], None]
 ENGINE_COMMAND = (sys.executable, "-m", "kvstore_engine.engine_process")
 LAST_WORDS_S = 1.0  # what an ended process still has on the way is waited for this long
 STOP_TIMEOUT_S = 5.0
+CONNECT_POLL_MS = 1000
 STDERR = 2  # stdout is for the line that says ready
 
 
@@ -77,6 +78,7 @@ class EngineClient:
         self.idle = asyncio.Event()  # no request is open
         self.idle.set()
         self._command = command
+        self._reached = asyncio.Event()  # the engine is connected to what is sent to it
         self._sinks: dict[str, Sink] = {}
         self._outgoing: asyncio.Queue[ToEngine] = asyncio.Queue()
         self._started: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
@@ -177,11 +179,20 @@ class EngineClient:
             await process.wait()
 
     async def _send(self, push: zmq.asyncio.Socket) -> None:
+        # Sockets connect when they like: an engine may be ready before its receiving end is.
+        while not await push.poll(CONNECT_POLL_MS, zmq.POLLOUT):  # type: ignore[call-arg]
+            pass
+        self._reached.set()
         while True:
             messages = [await self._outgoing.get()]
             while not self._outgoing.empty():
                 messages.append(self._outgoing.get_nowait())
             await push.send(self._frame(messages))
+
+    async def _remove_names(self) -> None:
+        """Of the sockets, once both ends are connected: they would only outlive a kill -9."""
+        await self._reached.wait()
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def _frame(self, messages: Sequence[ToEngine]) -> bytes:
         """One frame of all that can be sent; a request that cannot must not stop the others."""
@@ -220,8 +231,7 @@ class EngineClient:
             case EngineStats():
                 self.stats = message
             case EngineReady():
-                # Both ends are connected: names on disk would only outlive a kill -9.
-                shutil.rmtree(self._directory, ignore_errors=True)
+                self._tasks.append(asyncio.create_task(self._remove_names()))
                 self.ready, self.state = message, "ready"
                 if not self._started.done():
                     self._started.set_result(message)
