@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from kvstore.node import huge_pages, pool
+from kvstore.node import huge_pages
 from kvstore.node.huge_pages import HugePages
 from kvstore.node.metrics import node_registry
 from kvstore.node.pool import SharedFile
@@ -23,11 +23,12 @@ PAGES = 32
 
 
 @pytest.fixture
-def small_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[SharedFile]:
-    """A pool for whose start the kernel had no huge page."""
-    monkeypatch.setattr(pool, "MADV_COLLAPSE", 12345)
+def small_pool() -> Iterator[SharedFile]:
+    """A pool as it is after a start."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        file = SharedFile(Path(folder) / "pool-1", PAGES * HUGE_PAGE_BYTES + mmap.PAGESIZE)
+        file = SharedFile(
+            Path(folder) / "pool-1", PAGES * HUGE_PAGE_BYTES + mmap.PAGESIZE, touch=False
+        )
         file.wait_taken()
         yield file
         file.close()
@@ -200,7 +201,6 @@ def test_without_small_pages_no_thread_is_started(
 async def test_a_node_shows_what_is_left(
     make_node: Callable[..., LocalNode], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "MADV_COLLAPSE", 12345)
     monkeypatch.setattr(huge_pages, "advise", Kernel(lambda _: errno.EAGAIN))
     node = make_node(dram=8 * HUGE_PAGE_BYTES)
     await node.start()

@@ -62,6 +62,17 @@ def test_what_cannot_be_mapped_is_an_error(tmp_path: Path) -> None:
         SharedMap(file.fileno(), mmap.PAGESIZE)
 
 
+@pytest.mark.parametrize("size", [mmap.PAGESIZE, HUGE_PAGE_BYTES, (6 << 20) + mmap.PAGESIZE])
+def test_pages_are_taken_without_a_touch(size: int) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        file = SharedFile(Path(folder) / "pool-1", size, touch=False)
+        file.wait_taken()
+        assert file.path.stat().st_blocks * 512 >= size
+        assert file.small == list(range(0, size // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES, 2 << 20))
+        assert file.map.memory == bytes(size)
+        file.close()
+
+
 def test_shared_file_falls_back_where_the_kernel_cannot_populate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Makes huge pages of what the pool got in small ones, in the background."""
+"""Makes huge pages of the small ones that a start takes for the pool, in the background."""
 
 import errno
 import logging
@@ -23,7 +23,7 @@ NEVER = frozenset({errno.EINVAL, errno.ENOSYS})
 
 
 class HugePages:
-    """A thread that asks again for the huge pages that a start in fragmented memory did not get.
+    """A thread that asks for the huge pages, as a start must not wait for them.
 
     The kernel moves the bytes, whoever uses them, and refuses where a device has them pinned.
     The thread ends once all are huge, or if the kernel makes none of this memory.
@@ -38,7 +38,7 @@ class HugePages:
 
     @property
     def small_bytes(self) -> int:
-        """What the start got in small pages and is still to become huge ones."""
+        """What is still to become huge pages."""
         return len(self._small) * HUGE_PAGE_BYTES
 
     def start(self) -> None:

@@ -38,7 +38,7 @@ class NodeCollector(Collector):
             ("hbm_keys_refused", "HBM keys beyond the limit", node.hbm.refused),
             (
                 "pool_small_pages_bytes",
-                "What of the pool is in small pages since the start, and still to become huge ones",
+                "What of the pool is still to become huge pages",
                 node.huge_pages.small_bytes,
             ),
             (

@@ -139,7 +139,7 @@ class Node:
         self.directory_file = SharedFile(folder / f"directory-{name}", directory_bytes)
         resources.callback(self.directory_file.close)
         self.directory_file.wait_taken()
-        self.pool = SharedFile(folder / f"pool-{name}", pool_bytes)
+        self.pool = SharedFile(folder / f"pool-{name}", pool_bytes, touch=False)
         resources.callback(self.pool.close)
         self.directory = DirectoryWriter(
             self.directory_file.map.memory,

@@ -20,8 +20,7 @@ from kvstore.shared_memory import (
     advise,
 )
 
-# Mostly they take 0.1 to 0.25, 2 where memory is fragmented; what of the pool is left then is
-# for huge_pages.py.
+# Mostly they take 0.1 to 0.25, 2 where memory is fragmented.
 HUGE_PAGES_S_PER_GIB = 0.4
 HUGE_PAGES_S_MIN = 0.1
 POPULATE_STEP_BYTES = 64 << 20
@@ -73,11 +72,16 @@ class SharedFile:
     """A new file of a fixed size, mapped for reading and writing.
 
     All of its space is taken before ``wait_taken`` returns, and must be before a client hears of
-    the file: a page that cannot be had later is a SIGBUS.
+    the file: a page that cannot be had later is a SIGBUS. ``small`` has where 2 MiB of it could be
+    a huge page and are not.
     """
 
-    def __init__(self, path: Path, size_bytes: int) -> None:
-        """Creates ``path`` (mode 0600); ConfigError where the file system has no room for it."""
+    def __init__(self, path: Path, size_bytes: int, *, touch: bool = True) -> None:
+        """Creates ``path`` (mode 0600); ConfigError where the file system has no room for it.
+
+        Without ``touch`` the pages are taken and no more: whoever uses one first has it zeroed,
+        and all of them are small.
+        """
         self.path = path
         self.size_bytes = size_bytes
         check_room(path.parent, size_bytes)
@@ -90,7 +94,8 @@ class SharedFile:
             path.unlink()
             raise self._no_room(error) from None
         advise(self.map.address, size_bytes, mmap.MADV_HUGEPAGE)  # where it may not be, it is not
-        self.small: list[int] = []  # once taken, where 2 MiB that could be a huge page are not
+        self.small: list[int] = []
+        self._touch = touch
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="pool-take")
         self._taken = self._threads.submit(self._take)
         self._threads.shutdown(wait=False)
@@ -104,11 +109,11 @@ class SharedFile:
 
     def _take(self) -> None:
         try:
-            small = _populate(self.map.address, self.size_bytes)
+            small = _populate(self.map.address, self.size_bytes) if self._touch else None
             if small is None:
                 os.posix_fallocate(self._descriptor, 0, self.size_bytes)
-            else:
-                self.small = small
+                small = list(range(0, self.size_bytes - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES))
+            self.small = small
         finally:
             os.close(self._descriptor)
 
