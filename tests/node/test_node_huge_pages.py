@@ -76,7 +76,6 @@ def run_until_ended(file: SharedFile, pauses: Pauses | None = None) -> HugePages
 
 
 def test_all_of_it_is_noted_as_small(small_pool: SharedFile) -> None:
-    assert small_pool.small == [at * HUGE_PAGE_BYTES for at in range(PAGES)]
     assert HugePages(small_pool).small_bytes == PAGES * HUGE_PAGE_BYTES
 
 
@@ -188,14 +187,14 @@ def test_it_ends_in_the_middle_of_a_pass(
     huge.close()
 
 
-def test_without_small_pages_no_thread_is_started(
-    small_pool: SharedFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(small_pool, "small", [])
-    huge = HugePages(small_pool)
+def test_for_less_than_a_huge_page_no_thread_is_started(tmp_path: Path) -> None:
+    file = SharedFile(tmp_path / "pool-1", HUGE_PAGE_BYTES - mmap.PAGESIZE, touch=False)
+    file.wait_taken()
+    huge = HugePages(file)
     huge.start()
     assert huge._thread.ident is None
     huge.close()
+    file.close()
 
 
 async def test_a_node_shows_what_is_left(

@@ -32,7 +32,7 @@ class HugePages:
     def __init__(self, pool: SharedFile) -> None:
         """``pool`` is taken, and is closed after this."""
         self._address = pool.map.address
-        self._small = deque(pool.small)
+        self._small = deque(range(0, pool.size_bytes - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pool-huge-pages", daemon=True)
 

@@ -72,15 +72,13 @@ class SharedFile:
     """A new file of a fixed size, mapped for reading and writing.
 
     All of its space is taken before ``wait_taken`` returns, and must be before a client hears of
-    the file: a page that cannot be had later is a SIGBUS. ``small`` has where 2 MiB of it could be
-    a huge page and are not.
+    the file: a page that cannot be had later is a SIGBUS.
     """
 
     def __init__(self, path: Path, size_bytes: int, *, touch: bool = True) -> None:
         """Creates ``path`` (mode 0600); ConfigError where the file system has no room for it.
 
-        Without ``touch`` the pages are taken and no more: whoever uses one first has it zeroed,
-        and all of them are small.
+        Without ``touch`` its pages are taken and no more: whoever uses one first has it zeroed.
         """
         self.path = path
         self.size_bytes = size_bytes
@@ -94,7 +92,6 @@ class SharedFile:
             path.unlink()
             raise self._no_room(error) from None
         advise(self.map.address, size_bytes, mmap.MADV_HUGEPAGE)  # where it may not be, it is not
-        self.small: list[int] = []
         self._touch = touch
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="pool-take")
         self._taken = self._threads.submit(self._take)
@@ -109,11 +106,8 @@ class SharedFile:
 
     def _take(self) -> None:
         try:
-            small = _populate(self.map.address, self.size_bytes) if self._touch else None
-            if small is None:
+            if not (self._touch and _populate(self.map.address, self.size_bytes)):
                 os.posix_fallocate(self._descriptor, 0, self.size_bytes)
-                small = list(range(0, self.size_bytes - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES))
-            self.small = small
         finally:
             os.close(self._descriptor)
 
@@ -139,23 +133,19 @@ def check_room(folder: Path, size_bytes: int) -> None:
         )
 
 
-def _populate(start: int, size_bytes: int) -> list[int] | None:
-    """Takes every page now, with several threads; None where the kernel cannot.
+def _populate(start: int, size_bytes: int) -> bool:
+    """Takes every page now, with several threads; False where the kernel cannot.
 
     As huge pages where it can in good time: the device moves one as one piece, which a request
-    for 4,096 bytes at a time cannot, and neither side looks up so many addresses. Returns where
-    that was not to be.
+    for 4,096 bytes at a time cannot, and neither side looks up so many addresses.
     """
     patience_s = max(HUGE_PAGES_S_MIN, HUGE_PAGES_S_PER_GIB * size_bytes / (1 << 30))
     huge_until = time.monotonic() + patience_s
-    small: list[int] = []
 
     def step(offset: int) -> int:
         end = min(offset + POPULATE_STEP_BYTES, size_bytes)
-        pages = range(offset, end - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES)
-        for at, page in enumerate(pages):
+        for page in range(offset, end - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES):
             if time.monotonic() > huge_until or not _take_huge(start + page):
-                small.extend(pages[at:])
                 break
         return advise(start + offset, end - offset, MADV_POPULATE_WRITE)
 
@@ -164,9 +154,9 @@ def _populate(start: int, size_bytes: int) -> list[int] | None:
     with ThreadPoolExecutor(count) as threads:
         codes = set(threads.map(step, range(0, size_bytes, POPULATE_STEP_BYTES)))
     if codes <= {0}:
-        return sorted(small)
+        return True
     if codes <= {0, errno.EINVAL, errno.ENOSYS}:
-        return None
+        return False
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
