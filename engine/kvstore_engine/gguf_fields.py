@@ -4,16 +4,30 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import gguf
+import numpy as np
 
 from kvstore_engine.model_source import ModelLoadError
 
 _T = TypeVar("_T")
 
 
+class _Reader(gguf.GGUFReader):  # type: ignore[misc]  # it has no types
+    """Reads the header from a plain array: a million slices of a ``memmap`` take twice as long."""
+
+    @property
+    def data(self) -> Any:
+        """The file's bytes, mapped."""
+        return self._data
+
+    @data.setter
+    def data(self, mapped: Any) -> None:
+        self._data = np.asarray(mapped)
+
+
 def open_gguf(path: Path) -> Any:
     """A ``gguf.GGUFReader``; ModelLoadError when the file is cut short or broken."""
     try:
-        return gguf.GGUFReader(path)
+        return _Reader(path)
     except (ValueError, KeyError, IndexError, OverflowError, OSError, TypeError) as error:
         raise ModelLoadError(f"{path} is a broken GGUF file: {error}") from error
 
