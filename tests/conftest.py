@@ -1,6 +1,7 @@
-"""Plants the bug that is asked for, and shows the lines of the fault suites at the end of a run."""
+"""What every process that runs tests does first, and the lines of the fault suites at the end."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ LINES_FILE = "KVSTORE_SUITE_LINES"  # a file to which the lines are written as w
 
 def pytest_sessionstart() -> None:
     """In every process that runs tests, before it imports one."""
+    # A shell without job control starts what runs in the background deaf to SIGINT, and every
+    # process that a test starts and interrupts would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if name := os.environ.get(PLANTED):
         from tests.faults.planted import plant
 

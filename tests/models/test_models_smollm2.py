@@ -20,6 +20,7 @@ from tests.models.model_harness import (
     relative_error,
     twin_logits,
 )
+from tests.unmeasured import unmeasured
 
 pytestmark = [pytest.mark.weights, pytest.mark.timeout(400)]
 NAME = "smollm2-135m-instruct"
@@ -63,7 +64,8 @@ def reference(loaded: LoadedModel) -> Any:
     """The model of transformers, with the weights that transformers reads from the file."""
     model = empty_twin(loaded.config)
     path = str(find_model(NAME).location)
-    tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+    with unmeasured():
+        tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
     load_twin(model, tensors)
     return model.eval()
 
@@ -141,7 +143,8 @@ def test_the_file_answers_questions(
 
 def test_tokenizer_equals_the_one_of_transformers(tokenizer: Tokenizer) -> None:
     path = find_model(NAME).location
-    reference = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    with unmeasured():
+        reference = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # Read from GGUF, transformers forgets that this model takes digits out before all else.
     reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
