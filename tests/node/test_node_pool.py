@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import mmap
 import os
@@ -165,6 +166,43 @@ def test_pools_of_dead_nodes_are_removed_and_of_living_ones_not(tmp_path: Path) 
     assert not dead.exists()
     assert all((folder / "pool-1").exists() for folder in (mine, living, foreign))
     lock.release()
+
+
+def test_the_lock_of_a_dead_node_is_free_before_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Freeing takes a second for 6 GiB, and the node may be started again at any moment."""
+    dead = tmp_path / f"kvstore-{os.getuid()}-dead"
+    dead.mkdir()
+    for name in ("pool-1", "directory-1"):
+        (dead / name).touch()
+    open_then: list[str] = []
+
+    def release(lock: DirectoryLock, *, remove: bool = False) -> None:
+        open_then.extend(open_links())
+        real(lock, remove=remove)
+
+    real = DirectoryLock.release
+    monkeypatch.setattr(DirectoryLock, "release", release)
+    assert remove_dead_siblings(tmp_path / f"kvstore-{os.getuid()}-mine") == 2
+    names = {f"{dead}/{name} (deleted)" for name in ("pool-1", "directory-1")}
+    assert names <= set(open_then)
+    assert not any("(deleted)" in link for link in open_links() if str(dead) in link)
+    assert not dead.exists()
+
+
+def open_links() -> list[str]:
+    links = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the one that lists them
+            links.append(os.readlink(link))
+    return links
+
+
+def test_a_file_that_cannot_be_made_is_an_error_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "pool-1").touch()
+    with pytest.raises(ConfigError, match="pool-1 cannot be made: File exists"):
+        SharedFile(tmp_path / "pool-1", 1 << 20)
 
 
 def test_pools_in_links_are_not_removed(tmp_path: Path) -> None:

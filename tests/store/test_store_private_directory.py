@@ -3,6 +3,8 @@
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +48,32 @@ def test_a_user_can_have_a_node_with_an_ssd(folder: Path) -> None:
         index.close()
     assert stat.S_IMODE((folder / "index").stat().st_mode) == 0o700
     assert stat.S_IMODE((folder / "index" / "data.mdb").stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+@pytest.mark.parametrize("opens", ["LmdbState(path)", "SsdIndex(path, 1 << 24, 'node')"])
+@pytest.mark.parametrize("room_kib", range(4, 60, 8))
+def test_a_full_disk_is_a_message(tmp_path: Path, opens: str, room_kib: int) -> None:
+    """It was a SIGBUS: LMDB maps a file of locks that is sparse."""
+    code = f"""
+from pathlib import Path
+from kvstore.errors import ConfigError
+from kvstore.master.state.lmdb import LmdbState
+from kvstore.node.ssd_index import SsdIndex
+path = Path({str(tmp_path)!r})
+try:
+    {opens}.close()
+except ConfigError as error:
+    assert "No space left" in str(error), error
+"""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={room_kib}k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
 
 
 def test_a_directory_that_its_owner_cannot_enter_is_opened_to_him(folder: Path) -> None:

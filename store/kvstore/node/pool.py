@@ -28,9 +28,13 @@ POPULATE_THREADS_MAX = 4
 FILE_NAMES = ("pool-*", "directory-*")
 
 
+def _stale_files(folder: Path) -> list[Path]:
+    return [path for pattern in FILE_NAMES for path in folder.glob(pattern)]
+
+
 def remove_stale_files(folder: Path) -> int:
     """Removes pool files of instances that ended without doing so; the lock must be held."""
-    stale = [path for pattern in FILE_NAMES for path in folder.glob(pattern)]
+    stale = _stale_files(folder)
     for path in stale:
         path.unlink()
     return len(stale)
@@ -40,7 +44,8 @@ def remove_dead_siblings(folder: Path) -> int:
     """Removes the pools of other nodes of this user whose process is gone.
 
     Their memory would stay taken until the host restarts. Whether a node lives is told by its
-    lock alone.
+    lock alone. It is held for as long as the names take: freeing the memory behind them takes a
+    second for 6 GiB, in which that node may be started again.
     """
     removed = 0
     for sibling in folder.parent.glob(f"kvstore-{os.getuid()}-*"):
@@ -51,8 +56,11 @@ def remove_dead_siblings(folder: Path) -> int:
         except ConfigError:
             continue
         # Of files that are not to be had, another node that starts may take care.
-        with contextlib.suppress(OSError):
+        with contextlib.ExitStack() as open_files, contextlib.suppress(OSError):
             try:
+                for path in _stale_files(sibling):
+                    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+                    open_files.callback(os.close, descriptor)
                 removed += remove_stale_files(sibling)
             finally:
                 lock.release(remove=True)
@@ -83,7 +91,10 @@ class SharedFile:
         self.path = path
         self.size_bytes = size_bytes
         check_room(path.parent, size_bytes)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be made: {error.strerror}") from None
         try:
             os.ftruncate(self._descriptor, size_bytes)
             self.map = SharedMap(self._descriptor, size_bytes)

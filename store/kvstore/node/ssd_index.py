@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.core.ssd_mark import Mark
-from kvstore.durable import private_directory, sync_directory
+from kvstore.durable import private_directory, sync_directory, take_lmdb_lock_file
 from kvstore.errors import ConfigError, CorruptError, KVStoreError
 from kvstore.faultpoint import faultpoint
 from kvstore.node.index_pages import PAGE_BYTES_MAX, IndexPages, read_metas
@@ -126,7 +126,8 @@ class SsdIndex:
         if not _exists(folder):
             raise ConfigError(
                 f"{folder} has no {INDEX_NAME}: it is not the SSD directory of a node; "
-                "that is its --ssd-dir, by default DATA_DIR/ssd"
+                "that is its --ssd-dir, by default DATA_DIR/ssd, or DATA_DIR/node/ssd under "
+                "`kvstore up`"
             )
         map_bytes = (folder / INDEX_NAME / FILE_NAME).stat().st_size + MAP_BYTES_MIN
         # Nobody else has it open: no file of locks is made, which a node could not open.
@@ -141,6 +142,7 @@ class SsdIndex:
         try:
             if create:
                 private_directory(self.path)
+                take_lmdb_lock_file(self.path)
             if _exists(folder):
                 _prove(self.path, read_only=self._read_only)
             self._env = lmdb.open(

@@ -8,7 +8,7 @@ from pathlib import Path
 import lmdb
 from kvstore_proto import admin_pb2, master_pb2
 
-from kvstore.durable import private_directory
+from kvstore.durable import private_directory, take_lmdb_lock_file
 from kvstore.errors import ConfigError, ResourceExhaustedError
 from kvstore.master.state.base import FORMAT_VERSION, NAMESPACES_MAX, NODES_MAX, KnownNode
 
@@ -50,6 +50,7 @@ class LmdbState:
     def _open(self, directory: Path) -> None:
         try:
             private_directory(directory / "state")
+            take_lmdb_lock_file(directory / "state")
             self._env = lmdb.open(
                 str(directory / "state"), map_size=MAP_BYTES, max_dbs=3, mode=0o600
             )
