@@ -148,7 +148,7 @@ def test_a_kernel_that_makes_none_is_asked_no_more(
     caplog.set_level(logging.INFO)
     kernel = Kernel(lambda _: code)
     monkeypatch.setattr(huge_pages, "advise", kernel)
-    assert run_until_ended(small_pool).small_bytes == 0  # nothing is to become huge any more
+    assert run_until_ended(small_pool).small_bytes == PAGES * HUGE_PAGE_BYTES
     assert len(kernel.asked) == PAGES
     assert errno.errorcode[code] in caplog.text
 

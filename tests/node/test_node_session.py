@@ -84,6 +84,18 @@ async def test_a_request_carries_releases_which_come_first(node: LocalNode) -> N
     assert core.pinned_blocks() == 0
 
 
+async def test_a_second_hello_carries_no_releases(node: LocalNode) -> None:
+    session = await RawSession.open(node.address)
+    await session.put(keys_of(1))
+    acquire = node_pb2.Acquire(namespace_id=session.namespace, keys=b"".join(keys_of(1)))
+    lease = await session.send(acquire=acquire)
+    await session.receive(lease)
+    released = [node_pb2.Release(acquire_id=lease)]
+    response = await session.call(hello=node_pb2.Hello(protocol_version=2), released=released)
+    assert "one Hello" in response.error.message
+    assert node.node.core.pinned_blocks() == 1
+
+
 async def test_I7_releases_in_one_request_are_bounded(node: LocalNode) -> None:
     session = await RawSession.open(node.address)
     await session.put(keys_of(1))

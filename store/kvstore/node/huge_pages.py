@@ -38,7 +38,7 @@ class HugePages:
 
     @property
     def small_bytes(self) -> int:
-        """What is still to become huge pages."""
+        """What is in small pages, also where that is to stay so."""
         return len(self._small) * HUGE_PAGE_BYTES
 
     def start(self) -> None:
@@ -66,7 +66,7 @@ class HugePages:
                 )
             elif failures and failures <= NEVER:
                 log.info("the system makes no huge pages of the pool: %s", _names(failures))
-                self._small.clear()
+                return
             every_s = PASS_EVERY_S if gained else min(2 * every_s, PASS_EVERY_MAX_S)
             pause_s = every_s
 

@@ -10,7 +10,8 @@ from typing import Any
 import grpc
 from kvstore_proto import master_pb2_grpc
 
-from kvstore.daemon import MESSAGE_BYTES_MAX, split_host_port
+from kvstore.config import split_host_port
+from kvstore.daemon import MESSAGE_BYTES_MAX
 from kvstore.errors import KVStoreError, PreconditionError, UnavailableError
 from kvstore.node.reports import ReportingNode, Reports
 

@@ -38,7 +38,7 @@ class NodeCollector(Collector):
             ("hbm_keys_refused", "HBM keys beyond the limit", node.hbm.refused),
             (
                 "pool_small_pages_bytes",
-                "What of the pool is still to become huge pages",
+                "What of the pool is in small pages, not in huge ones",
                 node.huge_pages.small_bytes,
             ),
             (

@@ -188,7 +188,7 @@ class Session:
             try:
                 if not request.id:
                     raise InvalidArgumentError("a request's id is never 0")
-                if request.released:
+                if request.released and kind != "hello":
                     self._release_all(request.released)
                 outcome = handlers[kind](request.id, getattr(request, kind or "id"), driver.now())
                 if isinstance(outcome, Effects):
