@@ -105,6 +105,14 @@ def check_socket_path(address: str, name: str) -> None:
         check_path(address, name, such_as="unix:/run/kvstore.sock")
 
 
+def split_host_port(address: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT``; ConfigError otherwise."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"address {address!r}; write it like 127.0.0.1:9400")
+    return host, int(port)
+
+
 def _one_digit(number: float) -> str:
     return f"{number:.1f}".removesuffix(".0")
 

@@ -23,7 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
-from kvstore.config import ConfigT, parse_command_line
+from kvstore.config import ConfigT, parse_command_line, split_host_port
 from kvstore.errors import ConfigError, InvalidArgumentError, KVStoreError
 from kvstore.http_metrics import MetricsHttpServer
 
@@ -118,14 +118,6 @@ def announce(line: str) -> None:
     """Prints one line to stdout for whoever started the daemon and waits for it."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
-
-
-def split_host_port(address: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT``; ConfigError otherwise."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"address {address!r}; write it like 127.0.0.1:9400")
-    return host, int(port)
 
 
 def check_loopback(address: str, *, insecure: bool, unix: bool = True) -> None:

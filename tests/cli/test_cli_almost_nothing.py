@@ -30,6 +30,8 @@ EMPTY = "is empty; leave {} out, or give it a value"
         (("blocks", "--after", ","), "',' has no key"),
         (("nodes", "--forget", ""), EMPTY.format("--forget")),
         (("status", "--master", ""), EMPTY.format("--master")),
+        (("status", "--master", "foo"), "'foo'; write it like 127.0.0.1:9400 or unix:"),
+        (("status", "--master", "127.0.0.1:99999"), "'127.0.0.1:99999'; write it like"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

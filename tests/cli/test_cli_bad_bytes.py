@@ -66,6 +66,13 @@ def test_a_prompt_that_is_no_text(kind: str, locale: str) -> None:
     assert "kvstore: stdin is not valid UTF-8" in says
 
 
+def test_a_prompt_from_an_empty_stdin() -> None:
+    """What should have made it may have failed."""
+    code, says = ended("locate", "--tokens", "-", *AWAY, given=b"\n")
+    assert code == 2
+    assert "kvstore: stdin is empty" in says
+
+
 def test_a_prompt_from_a_closed_stdin() -> None:
     code, says = ended("locate", "--tokens", "-", *AWAY, shell="<&-")
     assert code == 2

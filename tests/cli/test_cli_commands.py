@@ -229,6 +229,9 @@ async def test_evict(master: Master, cli: Callable[..., Any]) -> None:
     assert (order.tier, order.bytes, order.drop, order.keys) == (DRAM, 1 << 20, True, b"")
     code, out, _ = await call
     assert (code, out) == (0, "Evicted 2 blocks (8 KiB) on 1 node. 1 block in use stayed.\n")
+    call = asyncio.ensure_future(cli("evict", "--tier", "DRAM"))
+    assert not (await node.answer()).evict.drop
+    assert "Blocks without another copy stay; --drop evicts them." in (await call)[1]
     call = asyncio.ensure_future(
         cli("evict", "--tier", "ssd", "--keys", keys(1).hex(), "--json", "--node", "node-a")
     )

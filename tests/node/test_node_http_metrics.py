@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 from kvstore import daemon, http_metrics
+from kvstore.config import split_host_port
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
@@ -30,7 +31,7 @@ def server() -> Iterator[daemon.MetricsServer]:
 def connect(
     server: daemon.MetricsServer, data: bytes = b"GET /metrics HTTP/1.1\r\nX: "
 ) -> socket.socket:
-    host, port = daemon.split_host_port(server.address)
+    host, port = split_host_port(server.address)
     connection = socket.create_connection((host, port), TIMEOUT_S)
     connection.sendall(data)
     return connection

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import pytest
 from kvstore import daemon
+from kvstore.config import split_host_port
 from kvstore.errors import ConfigError, CorruptError, KVStoreError, NotFoundError, UnavailableError
 from kvstore_proto import master_pb2, master_pb2_grpc
 from prometheus_client import CollectorRegistry, Gauge
@@ -68,7 +69,7 @@ async def test_errors_of_handlers_become_statuses(
 @pytest.mark.parametrize("address", ["", "x", ":1", "h:", "h:x", "h:65536"])
 def test_malformed_addresses(address: str) -> None:
     with pytest.raises(ConfigError, match="write it like"):
-        daemon.split_host_port(address)
+        split_host_port(address)
 
 
 def test_loopback_rule() -> None:

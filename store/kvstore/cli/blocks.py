@@ -41,7 +41,9 @@ LIMIT = 100
 def blocks(
     namespace: NamespaceOption = "",
     node: NodeOption = "",
-    tier: Annotated[TierName | None, typer.Option(help="Only this tier.")] = None,
+    tier: Annotated[
+        TierName | None, typer.Option(help="Only this tier.", case_sensitive=False)
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows to show.")] = LIMIT,
     after: Annotated[
         str, typer.Option(metavar="KEY", help="Go on after this key: the end of the page before.")

@@ -25,7 +25,9 @@ def fsck(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR", help="SSD directory of a node: its --ssd-dir, by default DATA_DIR/ssd."
+            metavar="DIR",
+            help="SSD directory of a node: its --ssd-dir, by default DATA_DIR/ssd, or "
+            "DATA_DIR/node/ssd under `kvstore up`.",
         ),
     ],
     repair: Annotated[

@@ -57,13 +57,14 @@ def locate(
     Only full blocks have a key; the tokens after the last one are never cached.
 
     A chat is looked up by the tokens that its template makes of it: ask the engine for them,
-    with the same messages (chat.json is the request: {"messages": […]}).
+    with the messages of the request (chat.json here).
 
     [bold]Examples[/bold]
       [cyan]kvstore locate --tokens 1,2,3,4,5,6,7,8[/cyan]
       [cyan]kvstore locate --text "$(cat prompt.txt)" --tokenizer ~/models/llama[/cyan]
       [cyan]kvstore locate --text - --tokenizer smollm2-135m-instruct < prompt.txt[/cyan]
-      [cyan]curl -s localhost:8000/tokenize -d @chat.json | jq '.tokens[]' > ids[/cyan]
+      [cyan]jq '{messages}' chat.json > asked.json[/cyan]
+      [cyan]curl -s localhost:8000/tokenize -d @asked.json | jq '.tokens[]' > ids[/cyan]
       [cyan]kvstore locate --tokens - < ids[/cyan]
     """
     ids = _read_tokens(tokens, text, tokenizer)
@@ -106,6 +107,8 @@ def _read_stdin() -> str:
         given.encode()  # some locales let other bytes through, as surrogates
     except UnicodeError:
         raise InvalidArgumentError("stdin is not valid UTF-8; a prompt is text") from None
+    if not given.strip():
+        raise InvalidArgumentError("stdin is empty; there is no prompt in it")
     return given
 
 

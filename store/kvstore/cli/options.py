@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from kvstore_proto import common_pb2
 
-from kvstore.config import parse_size
+from kvstore.config import parse_size, split_host_port
 from kvstore.core.keys import KEY_BYTES
 from kvstore.errors import ConfigError
 
@@ -49,6 +49,17 @@ def not_empty(context: typer.Context, option: typer.CallbackParam, value: str) -
     return value
 
 
+def _check_address(context: typer.Context, option: typer.CallbackParam, value: str) -> str:
+    """A callback: where a master can be."""
+    not_empty(context, option, value)
+    if not value.startswith("unix:"):
+        try:
+            split_host_port(value)
+        except ConfigError as error:
+            raise typer.BadParameter(f"{error} or unix:/run/kvstore.sock") from None
+    return value
+
+
 def read_keys(value: str) -> bytes:
     """Keys as comma-separated hex digits, joined as they travel; none for ``""`` alone."""
     try:
@@ -68,7 +79,7 @@ MasterOption = Annotated[
         "--master",
         envvar="KVSTORE_MASTER",
         metavar="HOST:PORT",
-        callback=not_empty,
+        callback=_check_address,
         help="Address of the master, or unix:PATH.",
     ),
 ]

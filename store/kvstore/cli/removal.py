@@ -26,7 +26,7 @@ REMOVAL_TIMEOUT_S = 300.0
 
 
 def evict(
-    tier: Annotated[OwnTierName, typer.Option(help="Tier to evict from.")],
+    tier: Annotated[OwnTierName, typer.Option(help="Tier to evict from.", case_sensitive=False)],
     node: NodeOption = "",
     limit: Annotated[str, size_option("--bytes", "Stop after this many bytes; 0: all.")] = "0",
     keys: Annotated[
@@ -45,8 +45,8 @@ def evict(
 ) -> None:
     """Evict blocks from a tier, the ends of chains first.
 
-    Blocks that a client is reading stay. From DRAM only blocks go that are
-    on SSD as well, unless you pass --drop.
+    Blocks that a client is reading stay. Unless you pass --drop, so do those
+    that the node has in no other tier.
 
     [bold]Examples[/bold]
       [cyan]kvstore evict --tier dram[/cyan]
@@ -61,7 +61,8 @@ def evict(
     )
     with connect(master) as admin:
         answer = admin.call("Evict", request, REMOVAL_TIMEOUT_S)
-    _report("Evicted", answer, as_json=as_json)
+    hint = "" if drop or answer.blocks else " Blocks without another copy stay; --drop evicts them."
+    _report("Evicted", answer, as_json=as_json, hint=hint)
 
 
 def purge(
@@ -108,7 +109,7 @@ def removal_json(answer: admin_pb2.RemovalResponse) -> dict[str, Any]:
     }
 
 
-def _report(verb: str, answer: admin_pb2.RemovalResponse, *, as_json: bool) -> None:
+def _report(verb: str, answer: admin_pb2.RemovalResponse, *, as_json: bool, hint: str = "") -> None:
     """Prints the outcome; exits with 1 where a node could not do its part."""
     if as_json:
         print_json(removal_json(answer))
@@ -116,7 +117,7 @@ def _report(verb: str, answer: admin_pb2.RemovalResponse, *, as_json: bool) -> N
         pinned = f" {count(answer.pinned, 'block')} in use stayed." if answer.pinned else ""
         console().print(
             f"{verb} {count(answer.blocks, 'block')} ({size(answer.bytes)}) on "
-            f"{count(answer.nodes, 'node')}.{pinned}"
+            f"{count(answer.nodes, 'node')}.{pinned}{hint}"
         )
         for error in answer.errors:
             console(stderr=True).print(error, style="red", markup=False, soft_wrap=True)
