@@ -1,4 +1,4 @@
-"""Work of a test that coverage does not follow: following it takes up to three times as long."""
+"""Work of a test that coverage does not follow, as that takes long and tells nothing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

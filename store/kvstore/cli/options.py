@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from kvstore_proto import common_pb2
 
-from kvstore.config import parse_size, split_host_port
+from kvstore.config import UNIX, check_socket_path, parse_size, split_host_port
 from kvstore.core.keys import KEY_BYTES
 from kvstore.errors import ConfigError
 
@@ -52,11 +52,12 @@ def not_empty(context: typer.Context, option: typer.CallbackParam, value: str) -
 def _check_address(context: typer.Context, option: typer.CallbackParam, value: str) -> str:
     """A callback: where a master can be."""
     not_empty(context, option, value)
-    if not value.startswith("unix:"):
-        try:
+    try:
+        check_socket_path(value, "address")
+        if not value.startswith(UNIX):
             split_host_port(value)
-        except ConfigError as error:
-            raise typer.BadParameter(f"{error} or unix:/run/kvstore.sock") from None
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
     return value
 
 

@@ -61,7 +61,8 @@ def remove_dead_siblings(folder: Path) -> int:
                 for path in _stale_files(sibling):
                     descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
                     open_files.callback(os.close, descriptor)
-                removed += remove_stale_files(sibling)
+                    path.unlink()
+                    removed += 1
             finally:
                 lock.release(remove=True)
     return removed
