@@ -13,8 +13,8 @@ from kvstore_client.streaming import STREAM_BYTES_MIN, Bytes, copier, copy
 
 Offsets = npt.NDArray[np.int64]
 
-# Copied, then hashed from the second-level cache (512 KiB to 1 MiB a core in today's CPUs).
-CHUNK_BYTES = 256 << 10
+# Copied, then hashed while the source is in the second-level cache, or the third.
+CHUNK_BYTES = 1 << 20
 
 
 def slot_bytes(nbytes: int) -> int:

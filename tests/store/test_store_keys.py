@@ -110,6 +110,7 @@ def test_a_key_is_found_only_where_a_key_begins() -> None:
     assert not holds_key(joined, keys[3][:8] + bytes(24)), "the same lead is not the same key"
     assert not holds_key(b"", bytes(32))
     assert holds_key(joined + bytes(32), bytes(32))
+    assert holds_key(bytes([1] * 16) + bytes(48), bytes(32)), "behind one out of place"
 
 
 def test_distinct_is_unique() -> None:

@@ -56,6 +56,7 @@ class Acquires:
         if request_id in session.leases:
             raise InvalidArgumentError(f"acquire {request_id} is still open in this session")
         rows, in_dram = self._leading(namespace, keys, dram_only=deadline is None)
+        whole = bool(in_dram.all())
         self.blocks.open_keys.add(session, len(rows))
         behind = keys[KEY_BYTES * len(rows) : KEY_BYTES * (len(rows) + 1)]
         lease = Lease(
@@ -72,11 +73,15 @@ class Acquires:
         session.waiting += 1
         self._unread[lease] = None
         np.add.at(self.blocks.table.pins, rows, _ONE)
-        self._touch(rows, in_dram)
+        self._touch(rows, rows if whole else rows[in_dram])
         self.transfers.demotion.used(rows)
         self.blocks.count("acquires")
         self.blocks.count("acquired_keys", len(keys) // KEY_BYTES)
-        self._advance(lease)
+        if whole:  # as nearly always: nothing to look for
+            self._grant(lease, len(rows))
+            self._end(lease, lease.reason)
+        else:
+            self._advance(lease)
 
     def prefetch(self, namespace: Namespace, keys: bytes) -> int:
         """Queues loads of leading blocks that are on SSD only; how many.
@@ -193,9 +198,9 @@ class Acquires:
             return EndReason.TIMED_OUT  # on SSD, and the caller would not wait
         return self.blocks.ghosts.reason(behind)
 
-    def _touch(self, rows: Rows, in_dram: Mask) -> None:
+    def _touch(self, rows: Rows, in_dram: Rows) -> None:
         blocks = self.blocks
-        blocks.dram_policy.touched(rows[in_dram])
+        blocks.dram_policy.touched(in_dram)
         if blocks.ssd:
             blocks.ssd_policy.touched(rows[blocks.table.ssd_state[rows] == SsdState.LIVE])
 
@@ -216,19 +221,21 @@ class Acquires:
             self._end(lease, self.blocks.ghosts.reason(table.key(row)))
 
     def _grant(self, lease: Lease, count: int) -> None:
-        first = lease.granted
+        part = slice(lease.granted, lease.granted + count)
+        indices: Rows = np.arange(part.start, part.stop)
         lease.granted += count
         lease.starved = False
-        indices = first + np.flatnonzero(lease.held[first : lease.granted])
+        rows, sources, held = lease.rows[part], lease.sources[part], lease.held[part]
+        if not held.all():
+            indices, rows, sources = indices[held], rows[held], sources[held]
         if not len(indices):
             return
         lease.answered += len(indices)
-        offsets = self.blocks.table.dram_offset[lease.rows[indices]]
-        sources = lease.sources[indices]
+        offsets = self.blocks.table.dram_offset[rows]
         runs = slot_runs(offsets, indices, sources, lease.namespace.slot_bytes)
         generations = self.blocks.directory.generations_at(offsets).tobytes()
         self._reply(lease, Granted(runs, generations))
-        from_dram = int(np.count_nonzero(sources == int(Tier.DRAM)))
+        from_dram = sources.tobytes().count(Tier.DRAM)
         self.blocks.count("granted_dram_blocks", from_dram)
         self.blocks.count("granted_ssd_blocks", len(indices) - from_dram)
 

@@ -18,14 +18,17 @@ def slot_runs(
     if not len(offsets):
         return []
     breaks = (offsets[1:] - offsets[:-1]) != stride
-    breaks |= (indices[1:] - indices[:-1]) != 1
-    breaks |= sources[1:] != sources[:-1]
-    starts = [0, *(np.flatnonzero(breaks) + 1).tolist()]
+    if int(indices[-1] - indices[0]) != len(indices) - 1:
+        breaks |= (indices[1:] - indices[:-1]) != 1
+    if sources.tobytes().count(sources[0]) != len(sources):
+        breaks |= sources[1:] != sources[:-1]
+    inner = np.flatnonzero(breaks) + 1
+    starts = np.concatenate((np.zeros(1, dtype=np.int64), inner)) if len(inner) else slice(0, 1)
     return [
         SlotRun(first, end - start, offset, stride, _TIERS[source])
         for start, end, first, offset, source in zip(
-            starts,
-            [*starts[1:], len(offsets)],
+            [0, *inner.tolist()],
+            [*inner.tolist(), len(offsets)],
             indices[starts].tolist(),
             offsets[starts].tolist(),
             sources[starts].tolist(),
