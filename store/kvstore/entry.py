@@ -42,3 +42,13 @@ def wake_few_threads() -> None:
     docs/decisions/0005-grpc-without-its-event-engine.md.
     """
     os.environ.setdefault("GRPC_EXPERIMENTS", GRPC_EXPERIMENTS)
+
+
+def start_small() -> None:
+    """Has numpy of this process take no huge pages, and its OpenBLAS no threads that spin.
+
+    Call before numpy is imported; what the user set stays. Figures:
+    docs/decisions/0010-daemons-start-small.md.
+    """
+    os.environ.setdefault("NUMPY_MADVISE_HUGEPAGE", "0")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -1,4 +1,4 @@
-"""What a daemon sets before it imports gRPC."""
+"""What a daemon sets before it imports gRPC and numpy."""
 
 import os
 import subprocess
@@ -32,3 +32,23 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRPC_EXPERIMENTS", "")
     entry.wake_few_threads()
     assert not os.environ["GRPC_EXPERIMENTS"]
+
+
+NUMPY = """
+import os
+from kvstore.entry import start_small
+
+start_small()
+import numpy as np
+
+print(np._core.multiarray._get_madvise_hugepage(), len(os.listdir("/proc/self/task")))
+"""
+
+
+def test_numpy_of_a_daemon_takes_no_huge_pages_and_no_threads() -> None:
+    names = ("NUMPY_MADVISE_HUGEPAGE", "OPENBLAS_NUM_THREADS")
+    environment = {k: v for k, v in os.environ.items() if k not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", NUMPY], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.split() == ["False", "1"]

@@ -7,7 +7,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from kvstore.core.effects import Effects, ReadSsd
-from kvstore.core.ssd_columns import decode_many
+from kvstore.core.ssd_columns import SsdColumns, decode_many
 from kvstore.core.ssd_record import HEAD_BYTES, ONE_SHARD_BYTES, PROOF_BYTES, SsdRecord
 from kvstore.errors import CorruptError
 
@@ -46,6 +46,18 @@ def test_I11_entries_that_are_no_records_are_left_out() -> None:
     odd = bytearray(good)
     odd[HEAD_BYTES - 8] = 2
     assert not decode_many(KEYS[1:2], [reproved(KEYS[1], bytes(odd))])[1].any()
+
+
+def test_records_of_several_batches_come_newest_first() -> None:
+    shards = {2: 3, 5: 2}
+    entries = [(KEYS[i], record(i, shards.get(i, 1)).encode()) for i in range(8)]
+    entries[4] = (KEYS[4], b"no record")
+    batches = [entries[:3], entries[3:5], entries[5:]]
+    columns, broken = SsdColumns.decoded(batches, len(entries))
+    assert broken == [KEYS[4]]
+    assert columns.records() == [record(i, shards.get(i, 1)) for i in (7, 6, 5, 3, 2, 1, 0)]
+    none, broken = SsdColumns.decoded([], 0)
+    assert (len(none), broken, none.only_root()) == (0, [], None)
 
 
 def reproved(key: bytes, value: bytes) -> bytes:

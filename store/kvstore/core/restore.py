@@ -20,9 +20,8 @@ def restore_blocks(blocks: Blocks, records: SsdColumns) -> int:
     """
     if len(blocks.table):
         raise PreconditionError("blocks are restored at start only")
-    sequences = records.numbers("sequence")
-    newest = int(sequences.max()) if len(records) else 0
-    records = records.take(np.argsort(-sequences, kind="stable"))
+    records = records.take(records.newest_first())
+    newest = int(records.numbers("sequence")[0]) if len(records) else 0
     rows: Rows = np.full(len(records), NO_ROW, dtype=np.int64)
     for root, nbytes, places in _by_namespace(records):
         namespace = _namespace(blocks, root, nbytes)
@@ -65,7 +64,9 @@ def _namespace(blocks: Blocks, root: bytes, nbytes: int) -> Namespace | None:
 def _claim(blocks: Blocks, namespace: Namespace, records: SsdColumns) -> Mask:
     if blocks.ssd is None:
         return np.zeros(len(records), dtype=np.bool_)
-    fresh: Mask = blocks.table.index.find_all(records.joined("key")) < 0
+    fresh: Mask = np.ones(len(records), dtype=np.bool_)
+    if len(blocks.table):  # else the whole of its index would be touched for nothing
+        fresh = blocks.table.index.find_all(records.joined("key")) < 0
     fresh &= np.cumsum(fresh) <= blocks.table.room()
     usable = fresh.copy()
     offsets = records.numbers("ssd_offset")
@@ -86,8 +87,9 @@ def _add(blocks: Blocks, namespace: Namespace, records: SsdColumns) -> Rows:
 def _link(blocks: Blocks, records: SsdColumns, rows: Rows) -> None:
     """Chains in whatever order their blocks were written; the newest count as used last."""
     table = blocks.table
-    parents, roots = records.joined("parent"), records.joined("root")
-    at_root = _equal(parents, roots) | _equal(parents, NO_PARENT * len(records))
+    entries, parents = records.entries, records.joined("parent")
+    at_root = entries["parent"] == entries["root"]
+    at_root |= entries["parent"] == np.void(NO_PARENT)
     found = np.where(at_root, NO_ROW, table.index.find_all(parents))
     for i in np.flatnonzero(~at_root & (found < 0)).tolist():
         key = parents[i * KEY_BYTES : (i + 1) * KEY_BYTES]
@@ -99,12 +101,6 @@ def _link(blocks: Blocks, records: SsdColumns, rows: Rows) -> None:
     table.link(rows, found)
     blocks.take_ssd(rows, table.ssd_offset[rows], SsdState.LIVE)
     blocks.show_ssd(rows, SsdState.LIVE)
-
-
-def _equal(keys: bytes, others: bytes) -> Mask:
-    words = np.frombuffer(keys, dtype="<u8") == np.frombuffer(others, dtype="<u8")
-    equal: Mask = words.reshape(-1, KEY_BYTES // 8).all(axis=1)
-    return equal
 
 
 def _in_rings(rows: Rows, parents: Rows, capacity: int) -> npt.NDArray[np.bool_]:

@@ -56,18 +56,41 @@ class SsdColumns:
         several = {i: r.checksums for i, r in enumerate(listed) if len(r.checksums) > 1}
         return cls(entries, several)
 
+    @classmethod
+    def decoded(
+        cls, batches: Iterable[Sequence[tuple[bytes, bytes]]], count: int
+    ) -> "tuple[SsdColumns, list[bytes]]":
+        """The records of all batches of index entries, the newest first, and the keys of what is
+        none. ``count`` is how many entries there are, at least.
+
+        Never has everything as objects, nor twice as columns beside what follows: a start touches
+        as little memory as can be, which on a virtual machine may have to come from its host.
+        """
+        entries, end = np.empty(count, dtype=_ENTRY), 0
+        several: dict[int, tuple[int, ...]] = {}
+        broken: list[bytes] = []
+        for batch in batches:
+            keys, values = zip(*batch, strict=True)
+            some, usable = decode_columns(keys, values)
+            entries[end : end + len(some)] = some.entries
+            several.update((end + i, sums) for i, sums in some.several.items())
+            end += len(some)
+            broken += [keys[i] for i in np.flatnonzero(~usable).tolist()]
+        records = cls(entries[:end], several)
+        del entries
+        return records.take(records.newest_first()), broken
+
     def __len__(self) -> int:
         return len(self.entries)
 
     def joined(self, name: str) -> bytes:
         """Keys, roots or parents, 32 bytes each."""
-        return np.ascontiguousarray(self.entries[name]).tobytes()
+        return self.entries[name].tobytes()
 
     def only_root(self) -> bytes | None:
         """The root that all records have, as mostly; None if there are several, or no records."""
-        joined = self.joined("root")
-        root = joined[:KEY_BYTES]
-        return root if root and joined == root * len(self) else None
+        roots = self.entries["root"]
+        return roots[0].tobytes() if len(roots) and (roots == roots[0]).all() else None
 
     def roots(self) -> list[bytes]:
         """Of all namespaces that have a record, the one that was written to last first."""
@@ -80,6 +103,10 @@ class SsdColumns:
     def numbers(self, name: str) -> npt.NDArray[np.int64]:
         """nbytes, ssd_offset or sequence."""
         return self.entries[name].astype(np.int64)
+
+    def newest_first(self) -> npt.NDArray[np.int64]:
+        """The places of the records in that order."""
+        return np.argsort(-self.numbers("sequence"), kind="stable")
 
     def take(self, places: npt.NDArray[np.int64]) -> "SsdColumns":
         """Those records, in that order."""

@@ -15,7 +15,7 @@ from kvstore.core.directory import DirectoryWriter, entries_for
 from kvstore.core.effects import BlockEvent, DropSsd, Effects
 from kvstore.core.node_core import NodeCore
 from kvstore.core.spec import SLOT_ALIGN_BYTES, CacheSpec
-from kvstore.core.ssd_columns import decode_columns
+from kvstore.core.ssd_columns import SsdColumns
 from kvstore.core.types import CoreConfig, Namespace, Tier
 from kvstore.durable import write_durably
 from kvstore.errors import ConfigError, NotFoundError
@@ -167,9 +167,7 @@ class Node:
 
     def _restore(self, resources: contextlib.ExitStack, index: SsdIndex) -> Effects:
         """Takes over what an earlier instance left on SSD, while the pool's pages are taken."""
-        keys, values = index.entries()
-        records, usable = decode_columns(keys, values)
-        broken = [DropSsd(-1, keys[i], 0) for i in (~usable).nonzero()[0].tolist()]
+        records, broken = SsdColumns.decoded(index.batches(), index.count())
         roots = records.roots()
         known = index.keep_namespaces(set(roots))
         # Each has blocks to come, of which the core does not know yet: one over the limit would
@@ -179,7 +177,7 @@ class Node:
         resources.callback(self.namespaces.close)
         newest = index.go_on_after(records.numbers("sequence"))
         effects = self.core.restore(records, newest)
-        effects.drops += broken
+        effects.drops += [DropSsd(-1, key, 0) for key in broken]
         if effects.drops:
             log.warning("%d records on SSD cannot be used and are removed", len(effects.drops))
         log.info("found %d blocks on SSD", len(records))

@@ -4,7 +4,8 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ FORMAT_VERSION = 2
 MAP_BYTES_MIN = 256 << 20
 ENTRY_BYTES = 1024  # of map for each block: several records, for copy-on-write
 ROOM_FACTOR = 4  # of map for the bytes of records: pages half empty, and those that are copied
+BATCH_ENTRIES = 8192  # read at a time: their objects take 3 MB
 DATABASES = frozenset({"meta", "blocks", "namespaces"})
 _FORMAT_KEY = b"format_version"
 NODE_KEY = b"node_id"
@@ -170,7 +172,7 @@ class SsdIndex:
     def _check_format(self) -> None:
         with self._env.begin() as txn:
             found = txn.get(_FORMAT_KEY, db=self._meta)
-            blocks = txn.stat(self._blocks)["entries"]
+        blocks = self.count()
         if found == str(FORMAT_VERSION).encode() or (found is None and not blocks):
             return
         number = found.decode(errors="replace") if found is not None else "unknown"
@@ -245,8 +247,7 @@ class SsdIndex:
         """CorruptError if the data file is not there, or not as long, as its node made it."""
         path = self.path.parent / DATA_NAME
         noted = self.data_bytes()
-        with self._env.begin() as txn:
-            blocks = txn.stat(self._blocks)["entries"]
+        blocks = self.count()
         try:
             nbytes = path.stat().st_size
         except FileNotFoundError:
@@ -271,10 +272,28 @@ class SsdIndex:
                 self._seen_bytes = max(self._seen_bytes, path.stat().st_size)  # it only grows
         return why
 
+    def count(self) -> int:
+        """Records of blocks."""
+        with self._env.begin() as txn:
+            return int(txn.stat(self._blocks)["entries"])
+
+    def batches(self) -> Iterator[Sequence[tuple[bytes, bytes]]]:
+        """Keys and encoded records of every block, some at a time, as they are of one moment.
+
+        CorruptError if they cannot be read.
+        """
+        try:
+            with self._env.begin(db=self._blocks) as txn:
+                cursor = iter(txn.cursor().iternext())
+                while batch := list(islice(cursor, BATCH_ENTRIES)):
+                    yield batch
+        except lmdb.Error as error:
+            raise refused(self.path, error) from None
+
     def entries(self) -> tuple[list[bytes], list[bytes]]:
         """Keys and encoded records of every block; CorruptError if they cannot be read."""
-        found = self._all(self._blocks)
-        return list(found), list(found.values())
+        found = [entry for batch in self.batches() for entry in batch]
+        return [key for key, _ in found], [value for _, value in found]
 
     def _all(self, database: Any) -> dict[bytes, bytes]:
         try:
