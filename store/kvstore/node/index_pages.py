@@ -6,6 +6,7 @@ is checked is LMDB's own format (version 1, of a little-endian 64-bit machine): 
 every page of every tree, the order of all keys, and that no page is used twice or used and free.
 """
 
+import mmap
 import struct
 from collections.abc import Iterator, Set
 from pathlib import Path
@@ -29,6 +30,7 @@ DEPTH_MAX = 32
 TRANSACTION_MAX = 1 << 62
 INTEGER_KEYS = 8  # flag of the tree of free pages
 NO_ROOT = (1 << 64) - 1
+READ_BYTES = 1 << 20
 
 _META = struct.Struct("<16xIIQQ48s48sQQ")
 _TREE = struct.Struct("<IHHQQQQQ")
@@ -91,12 +93,27 @@ def read_metas(head: bytes) -> list[Meta]:
     return metas
 
 
+def _contents(path: Path) -> npt.NDArray[np.uint8]:
+    """The bytes of a file as the system has them cached: they take no memory of this process."""
+    with open(path, "rb", buffering=0) as file:
+        piece = bytearray(READ_BYTES)
+        while file.readinto(piece):  # what cannot be read is an OSError here, and a SIGBUS below
+            pass
+        nbytes = file.tell()
+        if not nbytes:
+            return np.zeros(0, dtype=np.uint8)
+        return np.frombuffer(mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ), np.uint8)
+
+
 class IndexPages:
     """The pages of an LMDB file, as bytes; nothing of them is trusted."""
 
     def __init__(self, path: Path, page_bytes: int, bytes_min: int = 0) -> None:
-        """Reads the whole file; OSError if that fails. Up to ``bytes_min`` zeros follow it."""
-        raw = np.fromfile(path, dtype=np.uint8)
+        """Reads the whole file; OSError if that fails. Up to ``bytes_min`` zeros follow it.
+
+        Nobody may make the file shorter while this lives.
+        """
+        raw = _contents(path)
         self._file_bytes = len(raw)
         missing = max(-len(raw) % page_bytes, bytes_min - len(raw))
         self.bytes = np.concatenate((raw, np.zeros(missing, np.uint8))) if missing else raw
