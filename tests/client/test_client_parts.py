@@ -104,16 +104,25 @@ def test_spans_join_what_lies_together() -> None:
 
 
 @given(
-    nbytes=st.sampled_from([1, 4095, 4096, 5000, 65536, copying.CHUNK_BYTES + 4096, 600_001]),
-    places=st.lists(st.integers(0, 5), min_size=1, max_size=6, unique=True),
+    nbytes=st.sampled_from([1, 4095, 4096, 5000, 65536, 600_001]),
+    places=st.lists(st.integers(0, 11), min_size=1, max_size=12, unique=True),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_scatter_and_gather_are_copies_block_by_block(
     nbytes: int, places: list[int], seed: int
 ) -> None:
+    _copied_block_by_block(nbytes, places, seed)
+
+
+@pytest.mark.parametrize("nbytes", [copying.CHUNK_BYTES, copying.CHUNK_BYTES + 4096])
+def test_scatter_copies_blocks_that_take_several_chunks(nbytes: int) -> None:
+    _copied_block_by_block(nbytes, [7, 0, 11, 1, 2], seed=1)
+
+
+def _copied_block_by_block(nbytes: int, places: list[int], seed: int) -> None:
     random = np.random.default_rng(seed)
     stride = copying.slot_bytes(nbytes)
-    pool = np.zeros(6 * stride, dtype=np.uint8)
+    pool = np.zeros(12 * stride, dtype=np.uint8)
     offsets = np.array(places, dtype=np.int64) * stride
     data = np.frombuffer(random.bytes(len(places) * nbytes), dtype=np.uint8)
     digests = copying.scatter(pool, offsets, nbytes, data)

@@ -64,9 +64,11 @@ def _namespace(blocks: Blocks, root: bytes, nbytes: int) -> Namespace | None:
 def _claim(blocks: Blocks, namespace: Namespace, records: SsdColumns) -> Mask:
     if blocks.ssd is None:
         return np.zeros(len(records), dtype=np.bool_)
-    fresh: Mask = np.ones(len(records), dtype=np.bool_)
-    if len(blocks.table):  # else the whole of its index would be touched for nothing
+    fresh: Mask
+    if len(blocks.table):
         fresh = blocks.table.index.find_all(records.joined("key")) < 0
+    else:  # a search would touch the whole of its index for nothing
+        fresh = np.ones(len(records), dtype=np.bool_)
     fresh &= np.cumsum(fresh) <= blocks.table.room()
     usable = fresh.copy()
     offsets = records.numbers("ssd_offset")

@@ -63,8 +63,8 @@ class SsdColumns:
         """The records of all batches of index entries, the newest first, and the keys of what is
         none. ``count`` is how many entries there are, at least.
 
-        Never has everything as objects, nor twice as columns beside what follows: a start touches
-        as little memory as can be, which on a virtual machine may have to come from its host.
+        Never has all of them as objects, and is back to one set of columns when it returns: a start
+        touches little memory, which on a virtual machine may have to come from its host.
         """
         entries, end = np.empty(count, dtype=_ENTRY), 0
         several: dict[int, tuple[int, ...]] = {}
@@ -77,7 +77,6 @@ class SsdColumns:
             end += len(some)
             broken += [keys[i] for i in np.flatnonzero(~usable).tolist()]
         records = cls(entries[:end], several)
-        del entries
         return records.take(records.newest_first()), broken
 
     def __len__(self) -> int:

@@ -284,8 +284,8 @@ class SsdIndex:
         """
         try:
             with self._env.begin(db=self._blocks) as txn:
-                cursor = iter(txn.cursor().iternext())
-                while batch := list(islice(cursor, BATCH_ENTRIES)):
+                entries = txn.cursor().iternext()
+                while batch := list(islice(entries, BATCH_ENTRIES)):
                     yield batch
         except lmdb.Error as error:
             raise refused(self.path, error) from None
