@@ -64,6 +64,7 @@ def main() -> None:
     totals = dict.fromkeys(("seeds", "steps", "faults", "reads", "synced_acks", "discarded"), 0)
     hashes = []
     gc.freeze()  # what is imported by now need not be gone through again
+    gc.disable()  # once a seed is less work than whenever it has made many objects
     start = time.process_time()
     for number in options.seed:
         try:
@@ -75,6 +76,7 @@ def main() -> None:
             if not options.keep_going:
                 break
             continue
+        gc.collect()
         hashes.append(result.trace_hash)
         counts = (1, result.steps, result.faults, result.reads, result.acked, result.discarded)
         for name, count in zip(totals, counts, strict=True):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from kvstore.core.clients import ClientSession, ClientSessions, Sight
-from kvstore.core.directory import DirectoryReader, DirectoryWriter
+from kvstore.core.directory import ENTRY_WORDS, HEADER_BYTES, DirectoryReader, DirectoryWriter
 from kvstore.core.effects import Body, Committed, DropSsd, Effects, ReadSsd, WriteSsd
 from kvstore.core.node_core import NodeCore
 from kvstore.core.spec import CacheSpec
@@ -106,6 +106,8 @@ class Node:
             instance=self.instance,
         )
         self.directory = DirectoryReader(buffer)
+        table = np.frombuffer(buffer, "<u8", DIRECTORY_ENTRIES * ENTRY_WORDS, HEADER_BYTES)
+        self.directory_heads = table[::ENTRY_WORDS]
         self.core = NodeCore(self.config, writer, TENANTS)
         self.hbm = HbmInventory()
         self.device = Device(self.world, self.node_id, self.medium, self.pool)
@@ -385,16 +387,22 @@ class Node:
         for usage in self.core.usage():
             total = usage.free_bytes + usage.live_bytes + usage.pending_bytes
             must(total + usage.quarantined_bytes == usage.capacity_bytes, "I6", f"space of {usage}")
+        self._check_directory(held)
+
+    def _check_directory(self, held: set[Place]) -> None:
+        """It says what is held, and nothing else."""
+        tiers = {key: tier for tier, _, key in sorted(held, reverse=True)}  # DRAM comes last
+        found = self.directory.match(b"".join(tiers)).tolist()
+        must(found == list(tiers.values()), "I2", f"the directory says {found}, not {tiers}")
+        there = self.directory_heads >> np.uint64(32)
+        entries = int((there == int(Tier.DRAM)).sum() + (there == int(Tier.SSD)).sum())
+        must(entries == len(tiers), "I2", f"the directory has {entries} keys, not {len(tiers)}")
+        if self.checks % WHOLE_CHAINS_EVERY:
+            return
         for space in self.cluster.spaces:
             for chain in space.chains:
-                expected = []
-                for key in chain.keys:
-                    tiers = [t for t in (2, 3) if (t, space.root, key) in held]
-                    if not tiers:
-                        break
-                    expected.append(tiers[0])
-                # To look for all of them takes longer: so mostly up to the first that is absent.
-                whole = self.checks % WHOLE_CHAINS_EVERY == 0
-                asked = chain.joined if whole else chain.joined[: 32 * (len(expected) + 1)]
-                found = self.directory.match(asked).tolist()
+                expected = [
+                    tiers[key] for key in itertools.takewhile(tiers.__contains__, chain.keys)
+                ]
+                found = self.directory.match(chain.joined).tolist()
                 must(found == expected, "I2", f"the directory says {found}, not {expected}")
