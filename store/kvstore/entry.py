@@ -47,7 +47,7 @@ def wake_few_threads() -> None:
 def start_small() -> None:
     """Has numpy of this process take no huge pages, and its OpenBLAS no threads that spin.
 
-    Call before numpy is imported; what the user set stays. Figures:
+    Call before numpy is imported; a variable that the user set stays. Figures:
     docs/decisions/0010-daemons-start-small.md.
     """
     os.environ.setdefault("NUMPY_MADVISE_HUGEPAGE", "0")

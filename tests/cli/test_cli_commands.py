@@ -231,7 +231,13 @@ async def test_evict(master: Master, cli: Callable[..., Any]) -> None:
     assert (code, out) == (0, "Evicted 2 blocks (8 KiB) on 1 node. 1 block in use stayed.\n")
     call = asyncio.ensure_future(cli("evict", "--tier", "DRAM"))
     assert not (await node.answer()).evict.drop
+    assert "Blocks that are not on SSD yet stay until they are; --drop" in (await call)[1]
+    call = asyncio.ensure_future(cli("evict", "--tier", "ssd"))
+    await node.answer()
     assert "Blocks without another copy stay; --drop evicts them." in (await call)[1]
+    call = asyncio.ensure_future(cli("evict", "--tier", "dram"))
+    await node.answer(pinned=1)
+    assert (await call)[1] == "Evicted 0 blocks (0 B) on 1 node. 1 block in use stayed.\n"
     call = asyncio.ensure_future(
         cli("evict", "--tier", "ssd", "--keys", keys(1).hex(), "--json", "--node", "node-a")
     )

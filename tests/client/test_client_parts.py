@@ -111,12 +111,15 @@ def test_spans_join_what_lies_together() -> None:
 def test_scatter_and_gather_are_copies_block_by_block(
     nbytes: int, places: list[int], seed: int
 ) -> None:
-    _copied_block_by_block(nbytes, places, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        # Three blocks of 65,536 bytes are more than a chunk then, and 600,001 bytes are several.
+        patch.setattr(copying, "CHUNK_BYTES", 128 << 10)
+        _copied_block_by_block(nbytes, places, seed)
 
 
-@pytest.mark.parametrize("nbytes", [copying.CHUNK_BYTES, copying.CHUNK_BYTES + 4096])
-def test_scatter_copies_blocks_that_take_several_chunks(nbytes: int) -> None:
-    _copied_block_by_block(nbytes, [7, 0, 11, 1, 2], seed=1)
+@pytest.mark.parametrize("more", [0, 4096, copying.CHUNK_BYTES // 2 + 1])
+def test_scatter_copies_blocks_that_take_several_chunks(more: int) -> None:
+    _copied_block_by_block(2 * copying.CHUNK_BYTES + more, [7, 0, 11, 1, 2], seed=1)
 
 
 def _copied_block_by_block(nbytes: int, places: list[int], seed: int) -> None:

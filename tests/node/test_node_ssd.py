@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from kvstore.core.effects import DropSsd, ReadSsd, WriteSsd
-from kvstore.core.ssd_columns import decode_many
+from kvstore.core.ssd_columns import SsdColumns, decode_many
 from kvstore.core.types import IoOutcome
 from kvstore.faultpoint import enable_faultpoints
-from kvstore.node import ssd_file, ssd_writer
+from kvstore.node import ssd_file, ssd_index, ssd_writer
 from kvstore.node.ssd_file import SsdFile
 from kvstore.node.ssd_index import SsdIndex
 
@@ -308,6 +308,25 @@ async def test_close_ends_with_work_queued(tmp_path: Path) -> None:
     index = SsdIndex(tmp_path, CAPACITY // PAGE, "node-1")
     assert len(index.entries()[0]) == 8
     index.close()
+
+
+@pytest.mark.parametrize("blocks", [6, 7])
+async def test_the_index_is_read_in_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int
+) -> None:
+    monkeypatch.setattr(ssd_index, "BATCH_ENTRIES", 3)
+    rig = Rig(tmp_path)
+    ops = [rig.write(row, os.urandom(PAGE), row * PAGE) for row in range(blocks)]
+    rig.tier.submit_writes(ops)
+    await rig.drain()
+    sizes = [len(batch) for batch in rig.index.batches()]
+    columns, broken = SsdColumns.decoded(rig.index.batches(), rig.index.count())
+    assert sizes == [3] * (blocks // 3) + [1] * (blocks % 3)
+    assert not broken
+    keys = [key for batch in rig.index.batches() for key, _ in batch]
+    assert len(keys) == len(set(keys)) == rig.index.count() == blocks
+    assert sorted(columns.entries["ssd_offset"].tolist()) == [row * PAGE for row in range(blocks)]
+    rig.close()
 
 
 async def test_the_first_block_of_a_stream_is_reported_while_the_others_are_read(

@@ -76,7 +76,8 @@ def main() -> None:
             if not options.keep_going:
                 break
             continue
-        gc.collect()
+        finally:
+            gc.collect()
         hashes.append(result.trace_hash)
         counts = (1, result.steps, result.faults, result.reads, result.acked, result.discarded)
         for name, count in zip(totals, counts, strict=True):

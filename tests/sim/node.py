@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 QUARANTINE_S = 1.5
 DIRECTORY_ENTRIES = 256
+TOMBSTONE = 0xFF  # in place of a tier
 WHOLE_CHAINS_EVERY = 4  # checks
 Place = tuple[int, bytes, bytes]  # tier, root, key
 
@@ -394,8 +395,8 @@ class Node:
         tiers = {key: tier for tier, _, key in sorted(held, reverse=True)}  # DRAM comes last
         found = self.directory.match(b"".join(tiers)).tolist()
         must(found == list(tiers.values()), "I2", f"the directory says {found}, not {tiers}")
-        there = self.directory_heads >> np.uint64(32)
-        entries = int((there == int(Tier.DRAM)).sum() + (there == int(Tier.SSD)).sum())
+        marks = self.directory_heads >> np.uint64(32)
+        entries = int(((marks != 0) & (marks != TOMBSTONE)).sum())
         must(entries == len(tiers), "I2", f"the directory has {entries} keys, not {len(tiers)}")
         if self.checks % WHOLE_CHAINS_EVERY:
             return

@@ -96,6 +96,8 @@ def _read_tokens(tokens: str, text: str, tokenizer: str) -> list[int]:
     if text and not tokenizer:
         raise typer.BadParameter("--text needs --tokenizer")
     given = _read_stdin() if STDIN in (tokens, text) else tokens or text
+    if not given or (tokens and not given.strip()):
+        raise InvalidArgumentError("stdin is empty; there is no prompt in it")
     return _encode(given, tokenizer) if text else _parse_ids(given)
 
 
@@ -107,8 +109,6 @@ def _read_stdin() -> str:
         given.encode()  # some locales let other bytes through, as surrogates
     except UnicodeError:
         raise InvalidArgumentError("stdin is not valid UTF-8; a prompt is text") from None
-    if not given.strip():
-        raise InvalidArgumentError("stdin is empty; there is no prompt in it")
     return given
 
 

@@ -23,6 +23,10 @@ from kvstore.cli.output import console, count, print_json, short, size
 from kvstore.config import parse_size
 
 REMOVAL_TIMEOUT_S = 300.0
+STAY = {
+    OwnTierName.DRAM: " Blocks that are not on SSD yet stay until they are; --drop evicts them.",
+    OwnTierName.SSD: " Blocks without another copy stay; --drop evicts them.",
+}
 
 
 def evict(
@@ -46,7 +50,8 @@ def evict(
     """Evict blocks from a tier, the ends of chains first.
 
     Blocks that a client is reading stay. Unless you pass --drop, so do those
-    that the node has in no other tier.
+    that the node has in no other tier; without --bytes, those in DRAM leave
+    it as soon as they are on SSD.
 
     [bold]Examples[/bold]
       [cyan]kvstore evict --tier dram[/cyan]
@@ -61,8 +66,8 @@ def evict(
     )
     with connect(master) as admin:
         answer = admin.call("Evict", request, REMOVAL_TIMEOUT_S)
-    hint = "" if drop or answer.blocks else " Blocks without another copy stay; --drop evicts them."
-    _report("Evicted", answer, as_json=as_json, hint=hint)
+    nothing = not (drop or answer.blocks or answer.pinned or answer.errors)
+    _report("Evicted", answer, as_json=as_json, hint=STAY[tier] if nothing else "")
 
 
 def purge(
