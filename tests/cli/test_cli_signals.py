@@ -78,6 +78,7 @@ def test_I7_nothing_stays_when_the_terminal_is_closed() -> None:
     with short_directory() as data_dir:
         pid, terminal = pty.fork()
         if pid == 0:  # the leader of a session, with this terminal
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
             arguments = ["--data-dir", str(data_dir), "--pool-dir", str(data_dir), "--ssd", "0"]
             arguments += ["--dram", "1MiB", "--master-listen", "127.0.0.1:0"]
             arguments += ["--metrics-listen", "", "--master-metrics-listen", ""]
