@@ -20,6 +20,7 @@ HEAD_S = 10.0  # for a request's head; its body has BODY_S
 ANSWER_S = 5.0  # a body that is late is answered before its connection is closed
 CONNECTIONS_MAX = 4096
 FILES_KEPT = 128  # of the limit of open files, for what is no connection
+LEAVING_S = 5  # connections that are left have this long to end: a busy loop takes its turns late
 ACCEPT_RETRY_S = 1.0
 ACCEPT_LOG_S = 60.0  # between two lines that say the same
 
@@ -118,7 +119,7 @@ class HttpServer(uvicorn.Server):
         assert self._accepting is not None
         self._accepting.cancel()
         await asyncio.gather(self._accepting, return_exceptions=True)
-        patience_s = (self.config.timeout_graceful_shutdown or 1) - 1
+        patience_s = max(0, (self.config.timeout_graceful_shutdown or 0) - LEAVING_S)
         leaving = asyncio.get_running_loop().call_later(patience_s, self.abandon)
         await super().shutdown(sockets)
         leaving.cancel()

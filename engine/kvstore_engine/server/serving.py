@@ -22,7 +22,7 @@ from kvstore_engine.model_source import find_model
 from kvstore_engine.server.app import create_app
 from kvstore_engine.server.config import ServerConfig
 from kvstore_engine.server.engine_client import ENGINE_COMMAND, EngineClient
-from kvstore_engine.server.http_server import Connection, HttpServer
+from kvstore_engine.server.http_server import LEAVING_S, Connection, HttpServer
 from kvstore_engine.server.metrics import Metrics
 from kvstore_engine.server.service import Service
 from kvstore_engine.tokenizer import load_tokenizer
@@ -111,7 +111,7 @@ async def run_http(
             access_log=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=int(DRAIN_S) + 3,
+            timeout_graceful_shutdown=int(DRAIN_S) + 2 + LEAVING_S,
         )
     )
     answering = asyncio.create_task(http.serve(sockets=[listener]))
