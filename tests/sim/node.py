@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from kvstore.core.clients import ClientSession, ClientSessions, Sight
-from kvstore.core.directory import ENTRY_WORDS, HEADER_BYTES, DirectoryReader, DirectoryWriter
+from kvstore.core.directory import (
+    ENTRY_WORDS,
+    HEADER_BYTES,
+    TOMBSTONE,
+    DirectoryReader,
+    DirectoryWriter,
+)
 from kvstore.core.effects import Body, Committed, DropSsd, Effects, ReadSsd, WriteSsd
 from kvstore.core.node_core import NodeCore
 from kvstore.core.spec import CacheSpec
@@ -29,7 +35,6 @@ if TYPE_CHECKING:
 
 QUARANTINE_S = 1.5
 DIRECTORY_ENTRIES = 256
-TOMBSTONE = 0xFF  # in place of a tier
 WHOLE_CHAINS_EVERY = 4  # checks
 Place = tuple[int, bytes, bytes]  # tier, root, key
 

@@ -95,13 +95,11 @@ def _read_tokens(tokens: str, text: str, tokenizer: str) -> list[int]:
         raise typer.BadParameter("give the prompt as --tokens or as --text")
     if text and not tokenizer:
         raise typer.BadParameter("--text needs --tokenizer")
-    given = _read_stdin() if STDIN in (tokens, text) else tokens or text
-    if not given or (tokens and not given.strip()):
-        raise InvalidArgumentError("stdin is empty; there is no prompt in it")
+    given = _read_stdin(is_text=bool(text)) if STDIN in (tokens, text) else tokens or text
     return _encode(given, tokenizer) if text else _parse_ids(given)
 
 
-def _read_stdin() -> str:
+def _read_stdin(*, is_text: bool) -> str:
     if sys.stdin is None:
         raise InvalidArgumentError("stdin is closed; there is no prompt to read")
     try:
@@ -109,6 +107,8 @@ def _read_stdin() -> str:
         given.encode()  # some locales let other bytes through, as surrogates
     except UnicodeError:
         raise InvalidArgumentError("stdin is not valid UTF-8; a prompt is text") from None
+    if not (given if is_text else given.strip()):  # spaces are a text, and no token ids
+        raise InvalidArgumentError("stdin is empty; there is no prompt in it")
     return given
 
 

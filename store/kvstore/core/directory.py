@@ -28,10 +28,10 @@ WINDOW = 4096  # places that are tidied in one go
 _KEYS_A_WINDOW = 64  # keys that enter for each window that is tidied
 _HEADER = struct.Struct("<8sIIQQQQQ")
 _CLOSED_AT = _HEADER.size
-_TOMBSTONE = 0xFF
+TOMBSTONE = 0xFF  # in place of a tier
 _TIER_SHIFT = np.uint64(32)
 _LOW = np.uint64(0xFFFFFFFF)
-_TOMBSTONE_HEAD = np.uint64(_TOMBSTONE << 32)
+_TOMBSTONE_HEAD = np.uint64(TOMBSTONE << 32)
 
 Words = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
@@ -132,7 +132,7 @@ class DirectoryWriter:
         place = place[found]
         if not len(place):
             return
-        self._write_tier(place, _TOMBSTONE)
+        self._write_tier(place, TOMBSTONE)
         self.live -= len(place)
         self.tombstones += len(place)
         self._sweep(place)
@@ -166,8 +166,8 @@ class DirectoryWriter:
         for _ in range(PROBES_MAX):
             rows = self._table[at]
             tiers = rows[:, 0] >> _TIER_SHIFT
-            hit = _same_key(rows, words[todo]) & (tiers != 0) & (tiers != _TOMBSTONE)
-            usable = (place[todo] < 0) & ((tiers == 0) | (tiers == _TOMBSTONE))
+            hit = _same_key(rows, words[todo]) & (tiers != 0) & (tiers != TOMBSTONE)
+            usable = (place[todo] < 0) & ((tiers == 0) | (tiers == TOMBSTONE))
             place[todo[usable]] = at[usable]
             place[todo[hit]] = at[hit]
             found[todo[hit]] = True
@@ -192,7 +192,7 @@ class DirectoryWriter:
                 place = self._find(words)[1]
 
     def _write_entries(self, slots: Rows, words: Words, tier: int) -> None:
-        self.tombstones -= int((self._table[slots, 0] >> _TIER_SHIFT == _TOMBSTONE).sum())
+        self.tombstones -= int((self._table[slots, 0] >> _TIER_SHIFT == TOMBSTONE).sum())
         self.live += len(slots)
         self._write_keys(slots, words, np.uint64(tier << 32))
 
@@ -211,7 +211,7 @@ class DirectoryWriter:
         """Tombstones before an empty place are empty themselves."""
         while len(slots):
             following = self._table[(slots + 1) & self._mask, 0] >> _TIER_SHIFT
-            tombs = self._table[slots, 0] >> _TIER_SHIFT == _TOMBSTONE
+            tombs = self._table[slots, 0] >> _TIER_SHIFT == TOMBSTONE
             clear = distinct(slots[(following == 0) & tombs])
             self._write_tier(clear, 0)
             self.tombstones -= len(clear)
@@ -239,7 +239,7 @@ class DirectoryWriter:
         at = (self._tidied_to + np.arange(min(size + PROBES_MAX, self._mask + 1))) & self._mask
         heads = self._table[at, 0]
         tiers = heads >> _TIER_SHIFT
-        live = np.flatnonzero((tiers != 0) & (tiers != _TOMBSTONE))
+        live = np.flatnonzero((tiers != 0) & (tiers != TOMBSTONE))
         wanted = _first_place(self._table[at[live], 1:2], self._mask)
         first = live - ((at[live] - wanted) & self._mask)  # as places count from the window's
         inside = int(np.searchsorted(live, size))
@@ -254,7 +254,7 @@ class DirectoryWriter:
         words = self._table[at[source[changed]], 1:]
         self._write_keys(at[changed], words, after[changed])
         self.tombstones += int((after == _TOMBSTONE_HEAD).sum())
-        self.tombstones -= int((tiers[:size] == _TOMBSTONE).sum())
+        self.tombstones -= int((tiers[:size] == TOMBSTONE).sum())
         self._tidied_to = int(at[size - min(PROBES_MAX, size // 2)])
 
 
@@ -312,7 +312,7 @@ class DirectoryReader:
             tier = head >> _TIER_SHIFT
             # A torn entry has an odd version, or another one now than when its row was copied.
             steady = (self._table[at, 0] == head) & (head & np.uint64(1) == 0)
-            hit = _same_key(rows, wanted) & steady & (tier != 0) & (tier != _TOMBSTONE)
+            hit = _same_key(rows, wanted) & steady & (tier != 0) & (tier != TOMBSTONE)
             if hit.all():
                 tiers[todo] = tier
                 break
